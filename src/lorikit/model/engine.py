@@ -1,0 +1,85 @@
+"""What training and inference need of a model, and nothing more: the interface that every engine has.
+
+`generic` (transformers + peft, any causal language model) implements it; code outside `model/` uses only these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lorikit.data.values import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Defaults are the tutorial's; temperature 0 is greedy.
+
+    `seed` makes a sampled answer repeatable on the same machine; None draws a new one each time.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.5
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.1
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token of one prompt. `finish` is None until the last: "stop" (a stop token, not part of the answer),
+    "length" (max_new_tokens or the model's longest sequence reached)."""
+
+    prompt: int
+    id: int
+    finish: str | None
+
+
+class Engine(Protocol):
+    """A base model with one adapter (or none) on one device."""
+
+    name: str
+    device: torch.device
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
+        ...
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """(num_targets,) float32: cross entropy of each target in order, without a graph."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters, float32, in the order of `parameter_names`."""
+        ...
+
+    def parameter_names(self) -> list[str]:
+        """PEFT's names, as the keys of adapter_model.safetensors."""
+        ...
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter under PEFT's names, on the CPU."""
+        ...
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Put these values into the adapter; ModelError lists every name and shape that does not fit."""
+        ...
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off."""
+        ...
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Inside it the engine computes with the base alone."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]) -> Iterator[Token]:
+        """Tokens as they come, each naming its prompt; ends when every prompt has a Token with `finish` set."""
+        ...
