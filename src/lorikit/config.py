@@ -232,7 +232,7 @@ def setting_names() -> dict[str, str]:
     return {
         f"{group}.{name}": field.description or ""
         for group, of in RunConfig.model_fields.items()
-        for name, field in of.annotation.model_fields.items()  # type: ignore[union-attr]
+        for name, field in of.annotation.model_fields.items()
     }
 
 
@@ -319,7 +319,7 @@ def _parse_flags(tokens: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:  # the right word in the wrong group, or none at all
-        close = [k for k in known if k.split(".")[-1] == name.split(".")[-1]][:1]
+        close = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
 
 

@@ -1,0 +1,252 @@
+"""Conversation -> Example: the one token path of training, evaluation, chat and serving.
+
+A conversation is rendered by the tokenizer's own chat template. Each assistant turn is found by rendering prefixes:
+
+    prompt(i) = render(messages[:i], add_generation_prompt=True)       what generation will see
+    turn(i)   = render(messages[:i + 1])                               must begin with prompt(i)
+    labelled  = turn(i)[len(prompt(i)):] up to and including its stop token
+
+Ids before the answer are exactly the ids that generation feeds, also where a tokenizer would have merged across that
+border. Where a template renders earlier turns in another way than the last one (Qwen3 drops old reasoning), each turn
+becomes an Example of its own, in the form in which it is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from lorikit.config import DataConfig
+from lorikit.data.tokens import SafeTokenizer
+from lorikit.data.values import IGNORE, Conversation, Example, Message
+from lorikit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The tutorial's own layout: no BOS, and its pad token <|end_of_text|> learnt after each answer.
+TUTORIAL_TEMPLATE = (
+    "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content }}<|eot_id|>"
+    "{% if message.role == 'assistant' %}<|end_of_text|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+_PROBE = (Message("system", "s"), Message("user", "u"), Message("assistant", "a"), Message("user", "v"))
+
+
+class Encoder:
+    """Conversations to token ids for one tokenizer and one set of data settings.
+
+    `model_stop_ids` are the ids at which the model's generation config stops. `stop_ids` adds the tokenizer's EOS and the
+    token with which the template ends an answer: generation stops at all of them. `control_ids` are the tokens that
+    text can never become. `notes` says in plain words what the template made necessary.
+
+    Raises ConfigError when the tokenizer has no chat template or the settings do not fit it, DataError when the template
+    cannot be trained as it is (BOS, stop token).
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, model_stop_ids: frozenset[int] = frozenset()
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.notes: list[str] = []
+        self._safe = SafeTokenizer(tokenizer)
+        self.control_ids = self._safe.control_ids
+        self._template = _template_text(tokenizer, config)
+        self._folds_system = False
+        self._folds_system = not self._knows_system()
+        self.stop_ids = self._find_stop_ids(model_stop_ids)
+        self._bos = self._expected_bos()
+
+    def encode(self, conversation: Conversation) -> list[Example]:
+        """The row's tokens and labels: one Example, or one a turn where the template renders history in another way.
+
+        Raises DataError (the reason, without the source) when the row cannot be trained as it says.
+        """
+        messages = self._with_system(conversation.messages)
+        standins: dict[str, str] = {}
+        shown = self._protected(messages, standins)
+        turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        if not turns:
+            raise DataError("has no assistant turn to learn")
+        if self.config.train_on == "last":
+            turns = turns[-1:]
+        prompts = [self._render(shown[:i], generate=True) for i in turns]
+        full = self._render(shown)
+        texts = [full if i == len(messages) - 1 else self._render(shown[: i + 1]) for i in turns]
+        for i, prompt, text in zip(turns, prompts, texts, strict=True):
+            if not text.startswith(prompt):
+                raise DataError(
+                    f"turn {i + 1}: the chat template renders the answer differently in training than in generation "
+                    f"({prompt[-40:]!r} is not how the trained text begins); see data.template_kwargs, or data.train_on: last"
+                )
+        if all(full.startswith(text) for text in texts):
+            groups = [(full, list(zip(prompts, texts, strict=True)))]
+        else:
+            groups = [(text, [(prompt, text)]) for prompt, text in zip(prompts, texts, strict=True)]
+        return [self._example(text, spans, standins, conversation.source) for text, spans in groups]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids that generation starts from: the conversation so far and the opening of the assistant's turn.
+
+        They equal the first ids of the trained row. Raises DataError when the template refuses the conversation.
+        """
+        if not messages or messages[-1].role == "assistant":
+            raise DataError("a prompt must end with a user turn")
+        standins: dict[str, str] = {}
+        shown = self._protected(self._with_system(messages), standins)
+        rendered = self._render(shown, generate=True)
+        return self._safe.encode(rendered, standins, [len(rendered)]).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without control tokens."""
+        text = self.tokenizer.decode(
+            [i for i in ids if i not in self.control_ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _example(self, rendered: str, spans: list[tuple[str, str]], standins: dict[str, str], source: str) -> Example:
+        """`spans` holds, for each labelled turn, what stands before the answer and what stands up to its end."""
+        encoded = self._safe.encode(rendered, standins, [len(prompt) for prompt, _ in spans])
+        ids = encoded.ids
+        labels = [IGNORE] * len(ids)
+        for start, (prompt, text) in zip(encoded.counts, spans, strict=True):
+            last = max((i for i, end in encoded.controls if i >= start and end <= len(text)), default=None)
+            if last is None or ids[last] not in self.stop_ids:
+                raise DataError(
+                    f"the answer {text[len(prompt) :][:40]!r} does not end with a stop token, so the model would never learn "
+                    "to stop; use the tokenizer of an instruct model or a data.template that ends answers"
+                )
+            labels[start : last + 1] = ids[start : last + 1]
+        if self._bos is not None and (ids[0] != self._bos or ids.count(self._bos) != 1):
+            raise DataError(
+                f"BOS {self._name(self._bos)} stands {ids.count(self._bos)} times instead of once, at the start"
+            )
+        return Example(ids, labels, source)
+
+    def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The setting's system prompt where the row has none; before the first user turn if the template has no role."""
+        turns = tuple(messages)
+        if self.config.system and (not turns or turns[0].role != "system"):
+            turns = (Message("system", self.config.system), *turns)
+        if self._folds_system and len(turns) > 1 and turns[0].role == "system":
+            joined = f"{turns[0].content}\n\n{turns[1].content}"
+            turns = (replace(turns[1], content=joined), *turns[2:])
+        return turns
+
+    def _protected(self, messages: Sequence[Message], standins: dict[str, str]) -> list[dict[str, str]]:
+        """Messages as templates take them, with the control tokens in their text replaced."""
+        avoid = "".join(part for m in messages for part in (m.content, m.name or "", m.reasoning or ""))
+        shown = []
+        for m in messages:
+            fields = {"content": m.content, "name": m.name, "reasoning_content": m.reasoning}
+            safe = {k: self._safe.protect(v, standins, avoid) for k, v in fields.items() if v is not None}
+            shown.append({"role": m.role, **safe})
+        return shown
+
+    def _render(self, messages: list[dict[str, str]], *, generate: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=generate,
+                chat_template=self._template,
+                **self.config.template_kwargs,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"the chat template refuses the conversation: {error}") from None
+        assert isinstance(text, str)
+        return text
+
+    def _knows_system(self) -> bool:
+        """Whether the template shows a system turn; if not, its text goes before the first user turn."""
+        probe: list[dict[str, Any]] = [{"role": "system", "content": "\uf8ffsystem"}, {"role": "user", "content": "u"}]
+        try:
+            shown = "\uf8ffsystem" in self._render(probe, generate=True)
+        except DataError:
+            shown = False
+        if not shown:
+            self.notes.append("the chat template has no system role: a system prompt is put before the first user turn")
+        return shown
+
+    def _probe_ids(self) -> tuple[list[int], int]:
+        """Ids of a short conversation with one answer, and where this answer begins."""
+        shown = self._protected(self._with_system(_PROBE[:3]), {})
+        prompt, text = self._render(shown[:-1], generate=True), self._render(shown)
+        if not text.startswith(prompt):
+            raise DataError(
+                "the chat template renders an answer differently in training than in generation: generation starts from "
+                f"{prompt[-60:]!r}, training shows {text[-80:]!r}; set data.template_kwargs or another data.template"
+            )
+        encoded = self._safe.encode(text, {}, [len(prompt)])
+        return encoded.ids, encoded.counts[0]
+
+    def _find_stop_ids(self, model_stop_ids: frozenset[int]) -> frozenset[int]:
+        ids, start = self._probe_ids()
+        eos = self.tokenizer.eos_token_id
+        known = model_stop_ids | ({eos} if isinstance(eos, int) else set())
+        closing = [i for i in ids[start:] if i in self.control_ids][-1:]
+        if known.isdisjoint(ids[start:]):
+            if not closing:
+                raise DataError(
+                    "the chat template ends no answer with a stop token, so the model would never learn to stop; use the "
+                    "tokenizer of an instruct model or a data.template that ends answers"
+                )
+            self.notes.append(f"answers end with {self._name(closing[0])}; generation stops there too")
+        return frozenset(known | set(closing))
+
+    def _expected_bos(self) -> int | None:
+        """The BOS id that must stand exactly once at the start of a row; None where the model's rows have none."""
+        bos = self.tokenizer.bos_token_id
+        ids, _ = self._probe_ids()
+        if not isinstance(bos, int) or self.config.template == "tutorial":
+            if self.config.template == "tutorial":
+                self.notes.append("template: tutorial trains without BOS, as the tutorial does")
+            return None
+        if bos not in ids:
+            adds_bos = self.tokenizer("x")["input_ids"][:1] == [bos]
+            if adds_bos:
+                raise DataError(
+                    f"this tokenizer puts {self._name(bos)} before every text but the chat template does not: the model "
+                    "would be trained on rows it never sees; give data.template a Jinja file that begins with {{ bos_token }}"
+                )
+            return None
+        if ids[0] == bos and ids.count(bos) == 1:
+            return bos
+        if ids[:2] == [bos, bos]:
+            raise DataError(f"the chat template puts BOS {self._name(bos)} twice; mend it in data.template")
+        return None  # ChatML models name <|im_start|>, which opens every turn, their BOS
+
+    def _name(self, token_id: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _template_text(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    """The Jinja text that data.template names."""
+    if config.template == "auto":
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise ConfigError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template (a base model?); take the instruct model, "
+                "or give data.template the path of a Jinja file"
+            )
+        return str(template)
+    if config.template == "tutorial":
+        needed = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+        lacking = [t for t in needed if t not in tokenizer.get_added_vocab()]
+        if lacking:
+            raise ConfigError(f"data.template: tutorial needs a Llama-3 tokenizer; this one lacks {', '.join(lacking)}")
+        return TUTORIAL_TEMPLATE
+    try:
+        return Path(config.template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.template is {config.template!r}: auto, tutorial, or a Jinja file that can be read ({error})"
+        ) from None
