@@ -39,7 +39,7 @@ docs: $(VENV)/.ready-test
 
 $(VENV)/.ready-torch: constraints.txt $(if $(USABLE),,FORCE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "Lorikit needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
+		echo "Lorikit needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>/dev/null || echo not to be found)." >&2; \
 		echo "Name another one: make $(or $(firstword $(MAKECMDGOALS)),setup) PYTHON=python3.12" >&2; exit 1; }
 	@echo "set-up: virtual environment in $(VENV)"
 	@test "$(USABLE)" = yes || $(PYTHON) -m venv --clear $(VENV) || { \
