@@ -98,7 +98,7 @@ class LoraSettings(Group):
     inference_mode: Literal[False] = False
     """As in the tutorial; training needs it off."""
     init_adapter: str | None = None
-    """Go on from this PEFT adapter folder (its r, alpha and targets must be the ones above)."""
+    """Go on from this PEFT adapter folder (same base, r and lora_alpha; its own targets are kept)."""
 
 
 class TrainConfig(Group):
@@ -232,7 +232,7 @@ def setting_names() -> dict[str, str]:
     return {
         f"{group}.{name}": field.description or ""
         for group, of in RunConfig.model_fields.items()
-        for name, field in of.annotation.model_fields.items()
+        for name, field in of.annotation.model_fields.items()  # type: ignore[union-attr]
     }
 
 

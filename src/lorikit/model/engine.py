@@ -80,6 +80,8 @@ class Engine(Protocol):
         """Inside it the engine computes with the base alone."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]) -> Iterator[Token]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
+    ) -> Iterator[Token]:
         """Tokens as they come, each naming its prompt; ends when every prompt has a Token with `finish` set."""
         ...

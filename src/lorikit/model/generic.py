@@ -1,0 +1,178 @@
+"""The engine for any causal language model: transformers computes the base, peft the adapter.
+
+loss_sum is the cross entropy in float32, summed over the labelled positions; logits are computed for these only where
+the model can. How sequences of a batch are kept apart is tried when the engine is built, on the model itself, and the
+first way is taken that gives what each sequence gives alone:
+
+    packed   one forward, attention per sequence (model/packed_attention.py)
+    masked   one forward, transformers' own mask for position_ids that start again at 0
+    rows     one forward a sequence: models that mix positions outside attention
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lorikit.data.pack import pack, to_device
+from lorikit.data.values import IGNORE, Batch, Example
+from lorikit.errors import ModelError
+from lorikit.model import lora, packed_attention
+from lorikit.model.engine import Sampling, Token
+from lorikit.model.streaming import stream_tokens
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class GenericEngine:
+    """A transformers model, plain or inside a PeftModel, on its device.
+
+    `attention` keeps that implementation of transformers instead of trying the packed one.
+    """
+
+    name = "generic"
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, attention: str | None = None) -> None:
+        self.model = model
+        self.base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.has_adapter = model is not self.base
+        self.device = self.base.get_input_embeddings().weight.device
+        found = self.base.config._attn_implementation
+        self._attention = attention or ("sdpa" if found == packed_attention.NAME else found)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
+        self.isolation = self._find_isolation(["masked", "rows"] if attention else ["packed", "masked", "rows"])
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
+        losses = [cross_entropy(logits, want, reduction="sum") for logits, want in self._logits(batch)]
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> Tensor:
+        """(num_targets,) float32: cross entropy of each target in order, without a graph."""
+        return torch.cat([cross_entropy(logits, want, reduction="none") for logits, want in self._logits(batch)])
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters in the order of `parameter_names`."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def parameter_names(self) -> list[str]:
+        """PEFT's names, as the keys of adapter_model.safetensors."""
+        return [lora.saved_name(n) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter under PEFT's names, on the CPU."""
+        return {
+            lora.saved_name(n): p.detach().to("cpu", copy=True).contiguous()
+            for n, p in self.model.named_parameters()
+            if p.requires_grad
+        }
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Put these values into the adapter; ModelError lists every name and shape that does not fit."""
+        own = dict(zip(self.parameter_names(), self.parameters(), strict=True))
+        problems = lora.mismatches(state, {name: p.shape for name, p in own.items()})
+        if problems:
+            raise ModelError("the adapter does not fit the model: " + "; ".join(problems))
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(state[name])
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off."""
+        self.model.train(mode)
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Inside it the engine computes with the base alone."""
+        return self.model.disable_adapter() if self.has_adapter else _nothing()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
+    ) -> Iterator[Token]:
+        """Tokens as they come, each naming its prompt; ends when every prompt has a Token with `finish` set.
+
+        transformers' own generate on left-padded batches. Closing the iterator stops the generation.
+        """
+        training = self.model.training
+        self.model.eval()
+        self.base.set_attn_implementation(self._attention)
+        try:
+            yield from stream_tokens(self.model, self.device, prompts, sampling, stop_ids)
+        finally:
+            self._enter(self.isolation)
+            self.model.train(training)
+
+    def _logits(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of float32 logits (n, V) and targets (n,), which together are the batch's labelled positions in order."""
+        batch = to_device(batch, self.device)
+        if self.isolation != "rows":
+            yield self._forward(batch.input_ids, batch.targets, batch.position_ids, batch)
+            return
+        for start, end in pairwise(batch.cu_seqlens.tolist()):
+            if bool((batch.targets[start:end] != IGNORE).any()):
+                yield self._forward(batch.input_ids[start:end], batch.targets[start:end], None, None)
+
+    def _forward(
+        self, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None, batch: Batch | None
+    ) -> tuple[Tensor, Tensor]:
+        keep = (targets != IGNORE).nonzero()[:, 0]
+        extra: dict[str, Any] = {}
+        if position_ids is not None:
+            extra["position_ids"] = position_ids[None]
+        if self._keeps_logits:
+            extra["logits_to_keep"] = keep
+        if self.isolation == "packed":
+            assert batch is not None
+            extra |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+            extra |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
+        logits = self.model(input_ids=input_ids[None], use_cache=False, **extra).logits[0]
+        logits = logits if self._keeps_logits else logits[keep.to(logits.device)]
+        return logits.float(), targets[keep].to(logits.device)
+
+    def _enter(self, isolation: str) -> None:
+        self.isolation = isolation
+        wanted = packed_attention.register() if isolation == "packed" else self._attention
+        if self.base.config._attn_implementation != wanted:
+            self.base.set_attn_implementation(wanted)
+
+    @torch.no_grad()
+    def _find_isolation(self, ways: Sequence[str]) -> str:
+        """The first of `ways` in which sequences of a batch neither see each other nor change their losses."""
+        training = self.model.training
+        self.model.eval()
+        vocabulary = int(self.base.get_input_embeddings().weight.shape[0])
+        ids = [(7919 * k + 13) % vocabulary for k in range(1, 41)]  # arbitrary words, the same in every run
+        a, b, other = (Example(part, part, "check") for part in (ids[:11], ids[11:26], ids[26:37]))
+        self._enter("rows")
+        alone = self.token_losses(pack([a, b]))
+        half = next(self.base.parameters()).dtype in (torch.float16, torch.bfloat16)
+        tolerance = (0.05 if half else 1e-3) * max(1.0, float(alone.abs().max()))
+        for way in ways:
+            try:
+                self._enter(way)
+                both, changed = self.token_losses(pack([a, b])), self.token_losses(pack([other, b]))
+            except (ValueError, TypeError, RuntimeError, KeyError, AttributeError):
+                if way == "rows":
+                    raise
+                continue  # the model cannot compute it this way; the next one is slower and takes more models
+            leak = float((both[-14:] - changed[-14:]).abs().max())
+            apart = float((both - alone).abs().max())
+            if way == "rows" or (leak <= 1e-5 and apart <= tolerance and math.isfinite(apart)):
+                break
+        self.model.train(training)
+        return self.isolation
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

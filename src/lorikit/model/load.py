@@ -1,0 +1,163 @@
+"""A model folder -> tokenizer, stop tokens and an engine with its adapter on a device."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorikit.config import LoraSettings, ModelConfig
+from lorikit.errors import ConfigError, ModelError, OutOfMemoryError
+from lorikit.model import lora
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorikit.hub import Resolved
+    from lorikit.model.generic import GenericEngine
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model or adapter folder. ModelError says what is wrong with it."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises nearly every class here
+        raise ModelError(f"{path}: its tokenizer cannot be loaded: {_first_line(error)}{_code_hint(error)}") from error
+    return tokenizer
+
+
+def stop_ids(path: Path) -> frozenset[int]:
+    """Ids at which the model in this folder stops, by generation_config.json and config.json."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        with suppress(OSError, ValueError):
+            values = json.loads((path / name).read_text(encoding="utf-8"))
+            eos = values.get("eos_token_id")
+            found |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
+    return frozenset(found)
+
+
+def load_engine(
+    config: ModelConfig,
+    base: Resolved,
+    *,
+    adapter: Path | None = None,
+    new_adapter: LoraSettings | None = None,
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+) -> GenericEngine:
+    """The engine for a base model: alone, with the PEFT adapter in a folder, or with a new one to train.
+
+    With `new_adapter` the adapter can be trained; its `init_adapter` names a folder to go on from. Raises ModelError for
+    a model that cannot be loaded or does not fit its adapter, ConfigError for a device that is not there, and
+    OutOfMemoryError when the weights do not fit.
+    """
+    from lorikit.model.generic import GenericEngine
+
+    model = load_base(config, base)
+    trainable = new_adapter is not None
+    if new_adapter is not None and new_adapter.init_adapter:
+        adapter = Path(new_adapter.init_adapter)
+        _check_same_settings(new_adapter, adapter, base)
+    wrapped: Any = model
+    if adapter is not None:
+        wrapped = lora.load_adapter(model, adapter, trainable=trainable)
+    elif new_adapter is not None:
+        wrapped = lora.add_adapter(model, new_adapter, seed=seed)
+    if gradient_checkpointing and trainable:
+        # Without reentrant checkpoints the inputs need no gradient, with the code of older models they do.
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )  # the name since 5.20
+        enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    wrapped.eval()
+    return GenericEngine(wrapped, attention=config.attn_implementation)
+
+
+def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:
+    """The frozen base model in its type on its device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(base.path),
+            dtype=dtype,
+            device_map=config.device_map or {"": str(device)},
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"{base.name} in {str(dtype).removeprefix('torch.')} does not fit {device}: {_first_line(error)}; "
+            "set model.device_map: auto, or take a smaller model"
+        ) from None
+    except Exception as error:  # transformers raises nearly every class here
+        raise ModelError(f"{base.name}: cannot be loaded: {_first_line(error)}{_code_hint(error)}") from error
+    model.requires_grad_(False)
+    return model
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA GPU, else Apple's, else the CPU. ConfigError for one that is not there."""
+    import torch
+
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda:0" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"model.device is {name!r}: auto, cpu, cuda, cuda:N or mps") from None
+    count = {"cuda": torch.cuda.device_count(), "cpu": 1, "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise ConfigError(f"model.device is {name!r}, but this machine has {count.get(device.type, 0)} of these")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that computes with it, float16 on an older one, float32 on a CPU."""
+    import torch
+
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32
+
+
+def _check_same_settings(settings: LoraSettings, folder: Path, base: Resolved) -> None:
+    """An adapter to go on from must have the rank, scale and base that the settings name."""
+    values = lora.read_config(folder)
+    pairs = [(k, values.get(k), getattr(settings, k)) for k in ("r", "lora_alpha", "use_rslora")]
+    problems = [f"its {k} is {theirs}, lora.{k} is {ours}" for k, theirs, ours in pairs if theirs != ours]
+    theirs = str(values.get("base_model_name_or_path") or "")
+    if theirs and _short(theirs) != _short(base.name):
+        problems.append(f"it was trained on {theirs}, model.name_or_path is {base.name}")
+    if problems:
+        raise ModelError(f"lora.init_adapter {folder}: {'; '.join(problems)}")
+
+
+def _short(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].rpartition(":")[2].casefold()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _code_hint(error: Exception) -> str:
+    asks = "trust_remote_code" in str(error)
+    return "; it brings its own Python code: read it, then set model.trust_remote_code: true" if asks else ""
