@@ -5,7 +5,7 @@ Shape suffixes: T tokens in a batch, N sequences in it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -41,10 +41,14 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that was not used, and why. `source` as in Conversation; printed as "file:line: reason"."""
+    """A row that was not used, and why. `source` as in Conversation; printed as "file:line: reason".
+
+    `row` is what the file holds there (its text if it could not be parsed), for rejects.jsonl.
+    """
 
     source: str
     reason: str
+    row: object = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
