@@ -1,0 +1,202 @@
+"""Which rows each optimizer step takes, at which learning rate, and how their gradient is made and applied.
+
+One step: g = (1 / labelled) * sum over its forwards of d loss_sum / d adapter, clipped by norm, then AdamW. The sum is
+divided once, by the labelled tokens of the whole step, so that neither packing nor accumulation changes the gradient.
+Counting follows transformers' Trainer, the schedules transformers.get_scheduler, clipping torch's clip_grad_norm_.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from lorikit.config import TrainConfig
+from lorikit.data.pack import pack, split_step
+from lorikit.data.values import IGNORE, Example
+from lorikit.errors import OutOfMemoryError
+from lorikit.model.engine import Engine
+
+_MAX_TOKENS = {"cpu": 2048}  # beyond this a larger forward is no faster, it only takes memory
+_MAX_TOKENS_GPU = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The optimizer steps of a run, numbered from 0: rows, epochs and learning rates follow from the number alone."""
+
+    num_rows: int
+    rows_per_step: int
+    steps_per_epoch: int
+    num_steps: int
+    warmup_steps: int
+    schedule: str
+    peak: float
+    seed: int
+
+    def rows(self, step: int) -> Sequence[int]:
+        """Row numbers of a step; the last step of an epoch may have fewer."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch_order(self.num_rows, self.seed, epoch)[within * self.rows_per_step :][: self.rows_per_step]
+
+    def epoch(self, done: int) -> float:
+        """Passes over the rows after `done` steps."""
+        return done / self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """The rate that step is applied with."""
+        if step < self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        share = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        if self.schedule == "cosine":
+            return self.peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * share)))
+        return self.peak * max(0.0, 1.0 - share) if self.schedule == "linear" else self.peak
+
+
+def plan_steps(config: TrainConfig, num_rows: int) -> Plan:
+    """Steps as transformers' Trainer counts them: an incomplete last step of an epoch is taken, epochs may be fractions."""
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(num_rows / rows_per_step)
+    num_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    return Plan(
+        num_rows,
+        rows_per_step,
+        steps_per_epoch,
+        num_steps,
+        config.warmup_steps or math.ceil(num_steps * config.warmup_ratio),
+        config.lr_scheduler_type,
+        config.learning_rate,
+        config.seed,
+    )
+
+
+@lru_cache(maxsize=1)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of the rows in an epoch: a permutation that depends on nothing but these three numbers."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
+    return tuple(torch.randperm(num_rows, generator=generator).tolist())
+
+
+def derived_seed(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for each purpose and number, below 2^63."""
+    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def make_optimizer(engine: Engine, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the adapter, in one fused kernel; the learning rate is set before each step."""
+    return torch.optim.AdamW(
+        engine.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=engine.device.type in ("cpu", "cuda"),
+    )
+
+
+class Budget:
+    """Most tokens in one forward; halved, for the rest of the run, when the device runs out of memory."""
+
+    def __init__(self, max_tokens: int, device: str, say: Callable[[str], None]) -> None:
+        """`max_tokens` 0: what keeps the device busy."""
+        self.max_tokens = max_tokens or _MAX_TOKENS.get(device, _MAX_TOKENS_GPU)
+        self._say = say
+
+    def run(
+        self, examples: Sequence[Example], begin: Callable[[], None], forward: Callable[[list[Example]], None]
+    ) -> None:
+        """Call `begin`, then `forward` for each share of the rows that fits; after a halving all of it once more.
+
+        Raises OutOfMemoryError when one row alone does not fit.
+        """
+        failed: list[Example] | None = []
+        while failed is not None:
+            failed = None
+            begin()
+            for share in split_step(examples, self.max_tokens):
+                try:
+                    forward(share)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failed = share
+                if failed is not None:  # outside the handler: its traceback would keep the activations alive
+                    self._halve(failed)
+                    break
+
+    def _halve(self, failed: list[Example]) -> None:
+        tokens = sum(len(example.input_ids) for example in failed)
+        if len(failed) == 1:
+            raise OutOfMemoryError(
+                f"{failed[0].source}: one row of {tokens} tokens does not fit into memory; lower data.max_length, "
+                "set train.gradient_checkpointing, or take a smaller model or a larger device"
+            )
+        self.max_tokens = min(tokens, self.max_tokens) // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._say(f"out of memory at {tokens} tokens in one forward: going on with at most {self.max_tokens}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host refused memory; torch has an exception class of its own for CUDA only."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """What one step computed: loss summed over its labelled tokens, and the gradient's norm before clipping."""
+
+    loss_sum: float
+    num_targets: int
+    num_tokens: int
+    norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step may be applied."""
+        return math.isfinite(self.loss_sum) and math.isfinite(self.norm)
+
+
+def compute_gradient(
+    engine: Engine, examples: Sequence[Example], budget: Budget, *, dropout_seed: int, max_norm: float
+) -> Gradient:
+    """Fill `.grad` of the adapter with the clipped gradient of the mean loss over the labelled tokens of `examples`.
+
+    Dropout is seeded here instead of carried on as a stream: a step then depends on its number alone, whatever was
+    evaluated, generated or resumed before it, and no random state has to be saved. The sum is differentiated and the
+    gradient divided, not the other way round, which also keeps float16 bases away from underflow.
+    """
+    parameters = engine.parameters()
+    num_targets = sum(label != IGNORE for example in examples for label in example.labels[1:])
+    assert num_targets > 0, "a row without labels reached training"
+    losses: list[torch.Tensor] = []
+
+    def begin() -> None:
+        losses.clear()
+        for parameter in parameters:
+            parameter.grad = None
+        torch.manual_seed(dropout_seed)
+
+    def forward(share: list[Example]) -> None:
+        loss = engine.loss_sum(pack(share))
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+
+    budget.run(examples, begin, forward)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_div_(grads, num_targets)
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    loss_sum, norm_value = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].device)]).tolist()
+    return Gradient(loss_sum, num_targets, sum(len(example.input_ids) for example in examples), norm_value)

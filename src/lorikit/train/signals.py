@@ -1,0 +1,57 @@
+"""SIGTERM and SIGINT: finish what is in hand, save, exit 75; a second SIGINT ends the process at once with 130."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from lorikit.errors import Interrupted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """Context in which the signals are noted. Until `defer` is called there is nothing to save: they raise at once.
+
+    Outside the main thread Python lets nobody handle signals; the context then does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """From now on a signal waits for the next `check`."""
+        self.check()
+        self._deferred = True
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came. Also between the steps of starting up, where a library may have caught
+        what the handler raised."""
+        if self.received:
+            raise Interrupted(f"stopped by {self.received}")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # the progress line hides the cursor
+            os._exit(130)
+        self.received = self.received or signal.Signals(number).name
+        if not self._deferred:
+            raise Interrupted(f"stopped by {self.received} before the first step; nothing had to be saved")

@@ -1,0 +1,251 @@
+"""The loop: rows -> gradient -> AdamW, and what a step ends with, each when it is due: log line, evaluation, checkpoint.
+
+A signal lets the step in hand finish, saves, and leaves the evaluation to the resumed run, which therefore writes the same
+lines and the same bytes as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lorikit.config import RunConfig
+from lorikit.data.encode import Encoder
+from lorikit.data.values import Example
+from lorikit.errors import DataError, DivergedError, Interrupted, ModelError
+from lorikit.model.engine import Engine
+from lorikit.model.lora import save_adapter
+from lorikit.train import checkpoint
+from lorikit.train.card import model_card
+from lorikit.train.checkpoint import State
+from lorikit.train.evaluate import answers, held_out_loss
+from lorikit.train.metrics import MetricsFile, Record, numbers_of, open_trackers, peak_memory
+from lorikit.train.optim import Budget, compute_gradient, derived_seed, make_optimizer, plan_steps
+from lorikit.train.progress import Report
+from lorikit.train.run_folder import ADAPTER_FOLDER, data_digest, write_config
+from lorikit.train.signals import Signals
+from lorikit.train.storage import new_folder
+
+
+class Training:
+    """One run in progress: engine and optimizer, and the state that a checkpoint keeps.
+
+    `rows` must not be empty; without `held_out` rows there is no held-out loss, without `encoder` no prompts are answered
+    and no tokenizer is saved. Raises as `train`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        engine: Engine,
+        rows: Sequence[Example],
+        *,
+        held_out: Sequence[Example] = (),
+        encoder: Encoder | None = None,
+        report: Report | None = None,
+        signals: Signals | None = None,
+        base_name: str = "base",
+        base_revision: str | None = None,
+    ) -> None:
+        self.config, self.run_folder, self.engine = config, run, engine
+        self.rows, self.held_out, self.encoder = rows, held_out, encoder
+        self.report, self.signals = report or Report(), signals or Signals()
+        self.base_name, self.base_revision = base_name, base_revision
+        self.plan = plan_steps(config.train, len(rows))
+        self.optimizer = make_optimizer(engine, config.train)
+        self.budget = Budget(config.train.max_tokens_per_forward, engine.device.type, self.report.say)
+        self.state = State()
+
+    def run(self) -> None:
+        """Restore, step until the plan or early stopping ends it, write adapter/."""
+        self._restore()
+        self.signals.defer()
+        self.report.start(self.plan.num_steps, self.state.step)
+        self.engine.train()
+        try:
+            if not self.state.settled:
+                self._end_step()
+            while not self._is_done():
+                self._step()
+                self._end_step()
+            self._write_adapter()
+        finally:
+            self.report.stop()
+            self.metrics.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+    def _restore(self) -> None:
+        digest = data_digest((self.rows, self.held_out))
+        newest = checkpoint.newest(self.run_folder, self.report.say)
+        if newest is None:
+            self.state = State(data_sha256=digest, base_revision=self.base_revision)
+        else:
+            self.state = checkpoint.read_state(newest)
+            if self.state.data_sha256 != digest:
+                raise DataError(
+                    f"{self.run_folder}: the rows are not those that this run began with (or they become other tokens now); "
+                    "bring the old data back, or name another train.output_dir"
+                )
+            if self.state.base_revision != self.base_revision:
+                raise ModelError(
+                    f"{self.run_folder}: began with revision {self.state.base_revision} of {self.base_name}, which is now "
+                    f"{self.base_revision}; set model.revision to the old one"
+                )
+            checkpoint.load(newest, self.engine, self.optimizer)
+            self.budget.max_tokens = self.state.max_tokens
+            self.report.say(f"going on with {newest}")
+        write_config(self.run_folder, self.config)
+        self.metrics = MetricsFile(self.run_folder / "metrics.jsonl", self.state.metrics_bytes)
+        self.trackers = open_trackers(self.config, self.run_folder, self.state.step)
+        self.seconds_before, self.started = self.state.seconds, time.perf_counter()
+
+    def _step(self) -> None:
+        begun = time.perf_counter()
+        state, config = self.state, self.config.train
+        examples = [self.rows[row] for row in self.plan.rows(state.step)]
+        gradient = compute_gradient(
+            self.engine,
+            examples,
+            self.budget,
+            dropout_seed=derived_seed(config.seed, "dropout", state.step),
+            max_norm=config.max_grad_norm,
+        )
+        if not gradient.is_finite:
+            raise DivergedError(self._diverged(gradient.loss_sum, gradient.norm, examples))
+        learning_rate = self.plan.learning_rate(state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        seconds = time.perf_counter() - begun
+        self.state = replace(
+            state,
+            step=state.step + 1,
+            settled=False,
+            tokens=state.tokens + gradient.num_tokens,
+            labelled_tokens=state.labelled_tokens + gradient.num_targets,
+            window_loss=state.window_loss + gradient.loss_sum,
+            window_labelled=state.window_labelled + gradient.num_targets,
+            window_tokens=state.window_tokens + gradient.num_tokens,
+            window_seconds=state.window_seconds + seconds,
+        )
+        loss, speed = gradient.loss_sum / gradient.num_targets, gradient.num_tokens / seconds
+        self.report.step(
+            self.state.step, self.plan.epoch(self.state.step), loss, speed, peak_memory(self.engine.device)
+        )
+        if self.state.step % config.logging_steps == 0 or self.state.step == self.plan.num_steps:
+            self._log(gradient.norm, learning_rate)
+
+    def _log(self, grad_norm: float, learning_rate: float) -> None:
+        state = self.state
+        self._write_line(
+            {
+                "step": state.step,
+                "epoch": self.plan.epoch(state.step),
+                "loss": state.window_loss / state.window_labelled,
+                "learning_rate": learning_rate,
+                "grad_norm": grad_norm,
+                "tokens": state.tokens,
+                "labelled_tokens": state.labelled_tokens,
+                "tokens_per_second": state.window_tokens / state.window_seconds,
+                "peak_memory_bytes": peak_memory(self.engine.device),
+                "seconds": self._seconds(),
+            }
+        )
+        self.state = replace(state, window_loss=0.0, window_labelled=0, window_tokens=0, window_seconds=0.0)
+
+    def _end_step(self) -> None:
+        """Evaluation and checkpoint, if due. A signal before the end of the evaluation leaves it to the resumed run."""
+        step, config = self.state.step, self.config
+        every = config.eval.eval_steps or self.plan.steps_per_epoch
+        try:
+            self.signals.check()
+            if step % every == 0 or step == self.plan.num_steps:
+                self._evaluate()
+            self.state = replace(self.state, settled=True)
+            self.signals.check()
+        except Interrupted as signal:
+            folder = self._save()
+            raise Interrupted(
+                f"{signal} after step {step}; saved {folder}: the same command goes on from there"
+            ) from None
+        if step % config.train.save_steps == 0 or step == self.state.best_step or self._is_done():
+            self._save()
+
+    def _evaluate(self) -> None:
+        state, config = self.state, self.config.eval
+        record: Record = {"step": state.step, "epoch": self.plan.epoch(state.step)}
+        if self.held_out:
+            loss = held_out_loss(self.engine, self.held_out, self.budget, self.signals.check)
+            best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+            record |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "best": best}
+            if best:
+                state = replace(state, best_loss=loss, best_step=state.step, num_worse=0)
+            else:
+                state = replace(state, num_worse=state.num_worse + 1)
+        if config.prompts and self.encoder:
+            check, most = self.signals.check, config.max_new_tokens
+            record["answers"] = answers(self.engine, self.encoder, config.prompts, most, check)
+        if len(record) > 2:
+            self._write_line(record | {"seconds": self._seconds()})
+        self.state = state
+
+    def _is_done(self) -> bool:
+        patience = self.config.eval.early_stopping_patience
+        stopped = patience is not None and self.state.num_worse >= patience
+        return self.state.step >= self.plan.num_steps or stopped
+
+    def _save(self) -> Path:
+        """A checkpoint of this step. One that is there already was loaded at the start, and leads to the same bytes."""
+        folder = checkpoint.folder_of(self.run_folder, self.state.step)
+        if not folder.exists():
+            state = replace(
+                self.state,
+                seconds=self._seconds(),
+                metrics_bytes=self.metrics.sync(),
+                max_tokens=self.budget.max_tokens,
+            )
+            checkpoint.save(self.run_folder, self.engine, self.optimizer, state, self._save_adapter)
+            checkpoint.prune(self.run_folder, self.config.train.save_total_limit, [state.best_step])
+        return folder
+
+    def _save_adapter(self, folder: Path) -> None:
+        card = model_card(self.config, self.base_name, self.state, len(self.rows))
+        save_adapter(folder, self.engine, base_name=self.base_name, base_revision=self.base_revision, card=card)
+
+    def _write_adapter(self) -> None:
+        """adapter/: the best checkpoint's or the last step's, with the tokenizer. It marks the run as finished."""
+        best = self.state.best_step if self.config.eval.load_best_model_at_end else None
+        if best is not None and best != self.state.step:
+            folder = checkpoint.folder_of(self.run_folder, best)
+            checkpoint.load_adapter(folder, self.engine)
+        with new_folder(self.run_folder / ADAPTER_FOLDER) as staged:
+            self._save_adapter(staged)
+            if self.encoder:
+                self.encoder.tokenizer.save_pretrained(staged)
+        which = f"of step {best}, which has the lowest held-out loss" if best is not None else "of the last step"
+        self.report.say(f"wrote {self.run_folder / ADAPTER_FOLDER}, {which}")
+
+    def _write_line(self, record: Record) -> None:
+        self.metrics.write(record)
+        self.report.line(record)
+        for tracker in self.trackers:
+            tracker.log(numbers_of(record), record["step"])
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _diverged(self, loss: float, norm: float, examples: Sequence[Example]) -> str:
+        sources = [example.source for example in examples]
+        rows = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
+        folders = checkpoint.checkpoints(self.run_folder)
+        kept = f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+        return (
+            f"step {self.state.step + 1}: the loss is {loss}, the gradient norm {norm}; nothing was applied and {kept}. "
+            f"Rows of the step: {rows}. Look at them with `lorikit check`, then take a lower train.learning_rate, a longer "
+            "warm-up or model.dtype bfloat16, with another train.output_dir"
+        )
