@@ -102,7 +102,7 @@ def parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[RawRow]:
 
     unreadable = (pa.ArrowException, OSError, ValueError, ArithmeticError)
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
         names = file.schema_arrow.names
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except unreadable as error:
