@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -242,3 +242,57 @@ def test_closing_the_stream_stops_the_generation():
     stream.close()
     assert engine.isolation == "packed"
     assert torch.isfinite(engine.loss_sum(pack(rows())))
+
+
+def test_the_saved_folder_is_pefts_own_and_gives_the_same_logits(tmp_path):
+    adapted = lora.add_adapter(
+        build(FAMILIES["qwen3"][0]), LoraSettings(r=4, target_modules=["q_proj", "up_proj"]), seed=0
+    )
+    randomize_b(adapted)
+    engine = GenericEngine(adapted)
+    lora.save_adapter(tmp_path, engine, base_name="org/base", base_revision="abc", card="# card")
+    assert {f.name for f in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    loaded = PeftModel.from_pretrained(build(FAMILIES["qwen3"][0]), str(tmp_path))
+    assert loaded.peft_config["default"].base_model_name_or_path == "org/base"
+    ids = torch.tensor([rows(1)[0].input_ids])
+    engine.train(False)
+    with torch.no_grad():
+        want = loaded.eval()(input_ids=ids).logits
+        assert torch.equal(build(FAMILIES["qwen3"][0])(input_ids=ids).logits, want) is False
+    again = GenericEngine(lora.load_adapter(build(FAMILIES["qwen3"][0]), tmp_path, trainable=False))
+    batch = pack(rows())
+    assert torch.equal(again.token_losses(batch), engine.token_losses(batch))
+    assert again.parameters() == []
+    assert (
+        len(GenericEngine(lora.load_adapter(build(FAMILIES["qwen3"][0]), tmp_path, trainable=True)).parameters()) == 8
+    )
+    with torch.no_grad():
+        assert torch.allclose(again.model(input_ids=ids, logits_to_keep=0, use_cache=False,
+            cu_seq_lens_q=torch.tensor([0, ids.shape[1]]), max_length_q=ids.shape[1]).logits, want, atol=1e-5)  # fmt: skip
+
+
+def test_a_damaged_or_foreign_adapter_folder_says_what_is_wrong(tmp_path):
+    engine = GenericEngine(lora.add_adapter(build(FAMILIES["llama"][0]), LoraSettings(), seed=0))
+    lora.save_adapter(tmp_path, engine, base_name="b", base_revision=None, card="")
+    weights, config = tmp_path / lora.WEIGHTS, tmp_path / lora.CONFIG
+    good = weights.read_bytes(), config.read_text()
+
+    def refused(model=None):
+        with pytest.raises(ModelError) as raised:
+            lora.load_adapter(model or build(FAMILIES["llama"][0]), tmp_path, trainable=False)
+        return str(raised.value)
+
+    wider = LlamaConfig(**SMALL | {"hidden_size": 64, "num_hidden_layers": 3})
+    said = refused(build(wider))
+    assert "missing" in said and "other shapes" in said
+    weights.write_bytes(good[0][: len(good[0]) // 2])
+    assert "cut off" in refused()
+    weights.unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(b"x")
+    assert "pickle" in refused()
+    weights.write_bytes(good[0])
+    for text, said in (("{", "cannot be read"), ('{"peft_type": "IA3"}', "IA3"), ("[]", "None")):
+        config.write_text(text)
+        assert said in refused()
+    config.unlink()
+    assert "no adapter_config.json" in refused()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorikit.data.values import Batch
 
@@ -66,6 +66,10 @@ class Engine(Protocol):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter under PEFT's names, on the CPU."""
+        ...
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The values of PEFT's adapter_config.json; the base's name is the caller's to fill in."""
         ...
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:

@@ -78,6 +78,10 @@ class GenericEngine:
             if p.requires_grad
         }
 
+    def adapter_config(self) -> dict[str, Any]:
+        """The values of PEFT's adapter_config.json; the base's name is the caller's to fill in."""
+        return lora.config_values(self.model)
+
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         """Put these values into the adapter; ModelError lists every name and shape that does not fit."""
         own = dict(zip(self.parameter_names(), self.parameters(), strict=True))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from lorikit.model.engine import Engine
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
@@ -51,7 +53,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        return get_peft_model(model, config).eval()
 
 
 def check_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> str | list[str]:
@@ -65,7 +67,9 @@ def check_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> str |
         raise ModelError("the model has no linear layers that LoRA could adapt")
     kinds = ", ".join(sorted({n.rpartition(".")[2] for n in names}))
     if targets == "all-linear":
-        return "all-linear"
+        last_parts = {n.rpartition(".")[2] for n in names}
+        same = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in last_parts]
+        return sorted(last_parts) if set(same) == set(names) else names  # short names where they mean the same
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
         try:
             pattern = re.compile(targets)
@@ -116,7 +120,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     if problems:
         raise ModelError(f"{folder} does not fit the base {model.name_or_path}: " + "; ".join(problems))
     set_peft_model_state_dict(adapted, state)
-    return adapted
+    return adapted.eval()
 
 
 def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> list[str]:
@@ -176,10 +180,26 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def adapter_config(model: PeftModel, *, base_name: str, base_revision: str | None) -> dict[str, Any]:
-    """adapter_config.json as PEFT writes it, naming the base as a person would find it and not as a local path."""
-    config = model.peft_config["default"]
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    values |= {"base_model_name_or_path": base_name, "revision": base_revision, "inference_mode": True}
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+def save_adapter(folder: Path, engine: Engine, *, base_name: str, base_revision: str | None, card: str) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and README.md into an existing folder.
+
+    The config names the base as a person would find it (`base_name`, `base_revision`), not as a path of this machine.
+    OSError and SafetensorError of a failing disk are the caller's to explain.
+    """
+    from safetensors.torch import save_file
+
+    save_file(engine.adapter_state(), folder / WEIGHTS, metadata={"format": "pt"})
+    values = engine.adapter_config() | {"base_model_name_or_path": base_name, "revision": base_revision}
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def config_values(model: PeftModel) -> dict[str, Any]:
+    """adapter_config.json of a PeftModel's adapter, as PEFT writes it for inference."""
+    values = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=_plain))
     return plain
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
