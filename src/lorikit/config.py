@@ -236,6 +236,18 @@ def setting_names() -> dict[str, str]:
     }
 
 
+def describe() -> str:
+    """Every setting as YAML with its default, or its type where it must be given, each under its meaning."""
+    lines = []
+    for group, of in RunConfig.model_fields.items():
+        lines.append(f"{group}:  # {of.annotation.__doc__}")
+        for name, field in _fields(group).items():
+            default = field.get_default(call_default_factory=True)
+            shown = "?" if field.is_required() else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+            lines += [f"  # {field.description}", f"  {name}: {shown}"]
+    return "\n".join(lines) + "\n"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 numbers (1e-4 is one) and no key twice."""
 

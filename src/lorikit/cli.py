@@ -1,0 +1,360 @@
+"""The command line: one function a verb, its docstring the help; heavy imports inside.
+
+Results go to stdout, everything else to stderr. With --json stdout holds one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from lorikit import __version__
+from lorikit.errors import ConfigError, DiskError, LorikitError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from lorikit.infer.session import Session
+    from lorikit.model.engine import Sampling
+
+app = App(
+    name="lorikit",
+    version=f"lorikit {__version__}",
+    help="Fine-tune chat models with LoRA: rows in, an adapter that answers out.",
+    help_format="markdown",
+    help_epilogue=(
+        "Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 model, adapter or device, 5 diverged, "
+        "6 out of memory, 7 disk, 75 stopped by a signal (the same command goes on), 130 interrupted twice."
+    ),
+)
+
+Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON document on stdout.")]
+
+
+@app.command
+def download(
+    name: str,
+    /,
+    *,
+    revision: str | None = None,
+    hub: str = "auto",
+    data: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Json = False,
+) -> None:
+    """Download a model (or with --data a data set) and print its folder; the same command resumes a cut download.
+
+    Parameters
+    ----------
+    name
+        ms:ID (ModelScope), hf:ID (Hugging Face), a bare ID (what this machine can reach), a bundled model or a path.
+    revision
+        Branch, tag or commit.
+    hub
+        auto, modelscope or huggingface: where a bare ID is looked for.
+    data
+        The ID names a data set.
+    """
+    from lorikit.hub import resolve_data, resolve_model
+
+    if hub not in ("auto", "modelscope", "huggingface"):
+        raise ConfigError(f"--hub is {hub!r}: auto, modelscope or huggingface")
+    found = (resolve_data if data else resolve_model)(name, revision=revision, hub=hub)  # type: ignore[arg-type]
+    if as_json:
+        _print_json({"name": found.name, "path": str(found.path), "hub": found.hub, "revision": found.revision})
+    else:
+        print(found.path)
+
+
+@app.command
+def check(
+    *arguments: Flags,
+    model: str,
+    max_length: int | None = None,
+    show: int = 3,
+    row: str | None = None,
+    as_json: Json = False,
+) -> None:
+    """What becomes of every row of FILE...: kept, dropped and why, token lengths, and what is trained in a few rows.
+
+    Settings of the group data may follow, as in a run: --data.template tutorial --data.on_long_row truncate.
+    Exits with 3 if rows are refused.
+
+    Parameters
+    ----------
+    arguments
+        Files, folders or hub data sets.
+    model
+        The model whose tokenizer and chat template turn rows into tokens.
+    max_length
+        Longest row in tokens; the same as --data.max_length.
+    show
+        How many rows to show with their trained tokens marked.
+    row
+        Show this row, as file:line, instead of the first ones.
+    """
+    from lorikit.config import load_config
+    from lorikit.data.audit import check as check_rows
+    from lorikit.data.encode import Encoder
+    from lorikit.data.view import render
+    from lorikit.hub import resolve_data, resolve_model
+    from lorikit.model.load import load_tokenizer, stop_ids
+
+    files, flags = _split_flags(arguments)
+    if not files:
+        raise ConfigError("check needs a file, a folder or a hub data set: lorikit check rows.json --model MODEL")
+    data: dict[str, Any] = {"train": files} | ({"max_length": max_length} if max_length is not None else {})
+    config = load_config(flags=flags, model={"name_or_path": model}, data=data, train={"output_dir": "none"})
+    base = resolve_model(config.model.name_or_path, revision=config.model.revision, hub=config.model.hub)
+    tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
+    encoder = Encoder(tokenizer, config.data, stop_ids(base.path))
+    paths = [resolve_data(name, hub=config.model.hub).path for name in files]
+    checked = check_rows(paths, config, encoder, show=show, row=row)
+    if as_json:
+        _print_json(checked.to_dict())
+    else:
+        render(checked)
+    if checked.refused:
+        raise SystemExit(3)
+
+
+@app.command
+def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
+    """Train an adapter as RUN.yaml says; the same command goes on with a run that was cut off.
+
+    Any setting can follow as a flag, over the file: --lora.r 16 --train.learning_rate 2e-4. `lorikit config` lists them.
+
+    Parameters
+    ----------
+    config
+        The YAML file of the run.
+    """
+    from lorikit.config import load_config
+
+    settings = load_config(config, flags)  # before the slow imports: a typing error shows at once
+    from lorikit.train.loop import train as run_training
+
+    run = run_training(settings)
+    if as_json:
+        _print_json({"run": str(run), "adapter": str(run / "adapter")})
+    else:
+        print(run)
+
+
+@app.command
+def chat(
+    run: str,
+    /,
+    *,
+    greedy: Annotated[bool, Parameter(negative="")] = False,
+    max_new_tokens: int = 512,
+    temperature: float = 0.5,
+    top_p: float = 0.9,
+    repetition_penalty: float = 1.1,
+    seed: int | None = None,
+    base: Annotated[bool, Parameter(negative="")] = False,
+    device: str = "auto",
+) -> None:
+    """Talk to a run: streaming, with history; /help lists the commands. With a piped stdin, a question a line.
+
+    Parameters
+    ----------
+    run
+        A run folder, a checkpoint, a PEFT adapter folder; with --base also a base model.
+    greedy
+        Always the likeliest token: temperature 0, no repetition penalty.
+    max_new_tokens
+        Longest answer.
+    temperature
+        0 is greedy; higher is more varied.
+    top_p
+        Choose among the likeliest tokens that together have this probability.
+    repetition_penalty
+        Above 1 avoids words that were said.
+    seed
+        Makes sampled answers repeatable.
+    base
+        Without an adapter.
+    device
+        auto, cpu, cuda, cuda:N or mps.
+    """
+    from lorikit.infer.chat import chat as talk
+
+    sampling = _sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    talk(_open(run, device, base), sampling)
+
+
+@app.command
+def generate(
+    run: str,
+    /,
+    *,
+    prompt: Annotated[list[str] | None, Parameter(negative="")] = None,
+    file: Path | None = None,
+    greedy: Annotated[bool, Parameter(negative="")] = False,
+    max_new_tokens: int = 512,
+    temperature: float = 0.5,
+    top_p: float = 0.9,
+    repetition_penalty: float = 1.1,
+    seed: int | None = None,
+    base: Annotated[bool, Parameter(negative="")] = False,
+    device: str = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer prompts, in batches, in their order.
+
+    Parameters
+    ----------
+    run
+        A run folder, a checkpoint, a PEFT adapter folder; with --base also a base model.
+    prompt
+        A question; may be given several times.
+    file
+        JSONL with one {"prompt": ...} or {"messages": [...]} a line.
+    greedy
+        Always the likeliest token: temperature 0, no repetition penalty.
+    max_new_tokens
+        Longest answer.
+    temperature
+        0 is greedy; higher is more varied.
+    top_p
+        Choose among the likeliest tokens that together have this probability.
+    repetition_penalty
+        Above 1 avoids words that were said.
+    seed
+        Makes sampled answers repeatable.
+    base
+        Without an adapter.
+    device
+        auto, cpu, cuda, cuda:N or mps.
+    """
+    from lorikit.infer.generate import answer
+    from lorikit.infer.prompts import answer_rows, prompt_of, read_prompts
+
+    if bool(prompt) == (file is not None):
+        raise ConfigError("generate needs either --prompt TEXT or --file prompts.jsonl")
+    prompts = read_prompts(file) if file is not None else [prompt_of(text) for text in prompt or []]
+    sampling = _sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    answers = answer(_open(run, device, base), [p.messages for p in prompts], sampling)
+    if as_json:
+        _print_json(answer_rows(prompts, answers))
+        return
+    for asked, given in zip(prompts, answers, strict=True):
+        if len(prompts) > 1:
+            print(f"> {asked.messages[-1].content}")
+        print(given.text)
+
+
+@app.command
+def config(file: Path | None = None, /, *flags: Flags, schema: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """The resolved settings of RUN.yaml as YAML; without a file, every setting with its default and meaning.
+
+    Parameters
+    ----------
+    file
+        The YAML file of a run; settings may follow as flags.
+    schema
+        The JSON schema instead, for editors.
+    """
+    from lorikit.config import RunConfig, describe, dump_config, load_config
+
+    if schema:
+        _print_json(RunConfig.model_json_schema())
+    elif file is None:
+        print(describe(), end="")
+    else:
+        print(dump_config(load_config(file, flags)), end="")
+
+
+@app.command
+def doctor(run: Path | None = None, /, *, as_json: Json = False) -> None:
+    """What this machine can do, and the one thing it lacks; with a run or adapter folder, whether that is whole.
+
+    Parameters
+    ----------
+    run
+        A run or adapter folder to look at.
+    """
+    from lorikit.doctor import doctor as examine
+    from lorikit.doctor import render
+
+    report = examine(run)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        render(report)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the documented code. Errors of users go to stderr without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    code = 1
+    try:
+        app(
+            sys.argv[1:] if arguments is None else list(arguments),
+            exit_on_error=False,
+            print_error=False,
+            help_on_error=False,
+        )
+        code = 0
+    except CycloptsError as error:
+        _complain(f"{str(error).strip()} Try: lorikit {' '.join(error.command_chain or ())} --help".replace("  ", " "))
+        code = ConfigError.exit_code
+    except LorikitError as error:
+        _complain(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our stdout, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except MemoryError:
+        _complain("out of memory; close other programs or take a smaller model or batch")
+        code = OutOfMemoryError.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _complain(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+        code = DiskError.exit_code
+    raise SystemExit(code)
+
+
+def _complain(text: str) -> None:
+    print(f"lorikit: {text}", file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Leading file names, and the settings that follow."""
+    first = next((i for i, text in enumerate(arguments) if text.startswith("--")), len(arguments))
+    return list(arguments[:first]), list(arguments[first:])
+
+
+def _sampling(
+    greedy: bool, max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float, seed: int | None
+) -> Sampling:
+    from lorikit.model.engine import Sampling
+
+    if greedy:
+        temperature, repetition_penalty = 0.0, 1.0
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+
+
+def _open(run: str, device: str, base: bool) -> Session:
+    from lorikit.infer.session import open_run
+
+    return open_run(run, device=device, need_adapter=not base)
