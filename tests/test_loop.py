@@ -65,7 +65,7 @@ def begin(run, config=None, engine=None, rows=ROWS, held_out=HELD_OUT, **options
     training = Training(
         config or settings(run), run, engine or TinyEngine(), rows, held_out=held_out, report=report, **options
     )
-    training.signals = options.get("signals", training.signals)
+    training.restore()
     return training
 
 
@@ -323,6 +323,40 @@ def test_an_infinite_gradient_under_a_finite_loss_stops_too(tmp_path):
         DivergedError, match=r"step 1: the loss is [0-9.]+, the gradient norm (inf|nan); .* no checkpoint yet"
     ):
         begin(tmp_path / "run", engine=Steep()).run()
+
+
+def test_a_held_out_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    class Overflowing(TinyEngine):
+        def token_losses(self, batch):
+            return super().token_losses(batch) * float("inf")
+
+    with pytest.raises(
+        DivergedError, match=r"step 6: the held-out loss is inf; the last good checkpoint is .*checkpoint-4"
+    ):
+        begin(tmp_path / "run", engine=Overflowing()).run()
+
+
+def test_an_adapter_that_the_last_step_ruined_is_not_saved(tmp_path):
+    run = tmp_path / "run"
+    training = begin(run, settings(run, train={"max_steps": 1, "learning_rate": 1e39}), held_out=())
+    with pytest.raises(DivergedError, match="step 1: the adapter holds NaN or infinity; there is no checkpoint yet"):
+        training.run()
+    assert not is_finished(run) and checkpoints(run) == []
+
+
+def test_running_out_of_memory_outside_a_forward_has_its_own_message(tmp_path):
+    training = begin(tmp_path / "run")
+    step = training.optimizer.step
+
+    def refuse():
+        step()
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    training.optimizer.step = refuse
+    with pytest.raises(
+        OutOfMemoryError, match=r"step 1: out of memory outside .* \(CUDA out of memory\.\); there is no"
+    ):
+        training.run()
 
 
 def test_running_out_of_memory_once_is_remembered_over_a_resume(tmp_path):

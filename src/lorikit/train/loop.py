@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from lorikit.config import RunConfig
+from lorikit.data.account import DataReport
 from lorikit.data.audit import prepare
 from lorikit.data.encode import Encoder
-from lorikit.hub import resolve_model
+from lorikit.hub import resolve_data, resolve_model
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
 from lorikit.train.metrics import check_trackers
 from lorikit.train.progress import Report
-from lorikit.train.run_folder import ADAPTER_FOLDER, is_finished, open_run
+from lorikit.train.run_folder import ADAPTER_FOLDER, is_finished, open_run, write_data_report
 from lorikit.train.signals import Signals
 from lorikit.train.training import Training
 
@@ -30,13 +32,17 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         check_trackers(config.train.report_to)
 
         # 2. Names become folders on this machine.
-        base = resolve_model(config.model.name_or_path, config.model.revision, config.model.hub)
+        base = resolve_model(config.model.name_or_path, revision=config.model.revision, hub=config.model.hub)
+        signals.check()
+        names = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+        paths = [resolve_data(name, hub=config.model.hub).path for name in names]
+        held_out_paths = [resolve_data(config.eval.data, hub=config.model.hub).path] if config.eval.data else None
         signals.check()
 
         # 3. Rows become tokens, each accounted for.
         tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
         encoder = Encoder(tokenizer, config.data, stop_ids(base.path))
-        prepared = prepare(config, encoder)
+        prepared = prepare(paths, held_out_paths, config, encoder)
         signals.check()
 
         # 4. The base and its new adapter.
@@ -49,8 +55,8 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         )
         signals.check()
 
-        # 5. The loop, from the newest checkpoint if there is one.
-        Training(
+        # 5. The newest checkpoint, if the run was cut off.
+        training = Training(
             config,
             run,
             engine,
@@ -61,5 +67,26 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
             signals=signals,
             base_name=base.name,
             base_revision=base.revision,
-        ).run()
+        )
+        training.restore()
+        write_data_report(run, prepared.report)
+        for line in _summary(training, prepared.report):
+            report.say(line)
+        signals.check()
+
+        # 6. The loop.
+        training.run()
     return run
+
+
+def _summary(training: Training, rows: DataReport) -> Iterator[str]:
+    """What is about to happen, in a few lines."""
+    engine, plan = training.engine, training.plan
+    yield from rows.notes
+    yield (
+        f"{rows.num_rows} rows read: {rows.num_trained} to train, {len(rows.held_out)} held out, {rows.num_dropped} dropped, "
+        f"{len(rows.duplicates)} duplicates removed (data_report.json names them)"
+    )
+    trainable = sum(parameter.numel() for parameter in engine.parameters())
+    yield f"{training.base_name} on {engine.device}, engine {engine.name}, {trainable:,} trainable parameters"
+    yield f"{plan.num_steps} steps of {plan.rows_per_step} rows, {plan.steps_per_epoch} an epoch"

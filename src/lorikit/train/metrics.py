@@ -116,7 +116,10 @@ class _Client:
         # the inode makes the id one of this very folder: a resumed run is found again, another of its name is not
         extra: dict[str, Any] = {"dir": str(run), "id": f"{name}-{run.stat().st_ino}"} if module == "wandb" else {}
         settings = config.model_dump(mode="json")
-        self._module.init(project="lorikit", name=name, config=settings, resume="allow", **extra)
+        try:
+            self._module.init(project="lorikit", name=name, config=settings, resume="allow", **extra)
+        except Exception as error:  # each client has classes of its own
+            raise ConfigError(f"train.report_to: {module} cannot start: {error}") from error
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._module.log(numbers, step=step)

@@ -22,8 +22,7 @@ from lorikit.data.values import IGNORE, Example
 from lorikit.errors import OutOfMemoryError
 from lorikit.model.engine import Engine
 
-_MAX_TOKENS = {"cpu": 2048}  # beyond this a larger forward is no faster, it only takes memory
-_MAX_TOKENS_GPU = 16384
+_MAX_TOKENS, _MAX_TOKENS_CPU = 16384, 2048  # beyond this a larger forward is no faster, it only takes memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ class Budget:
 
     def __init__(self, max_tokens: int, device: str, say: Callable[[str], None]) -> None:
         """`max_tokens` 0: what keeps the device busy."""
-        self.max_tokens = max_tokens or _MAX_TOKENS.get(device, _MAX_TOKENS_GPU)
+        self.max_tokens = max_tokens or (_MAX_TOKENS_CPU if device == "cpu" else _MAX_TOKENS)
         self._say = say
 
     def run(
@@ -160,11 +159,6 @@ class Gradient:
     num_targets: int
     num_tokens: int
     norm: float
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the step may be applied."""
-        return math.isfinite(self.loss_sum) and math.isfinite(self.norm)
 
 
 def compute_gradient(

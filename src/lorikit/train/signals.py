@@ -42,10 +42,10 @@ class Signals:
         self._deferred = True
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came. Also between the steps of starting up, where a library may have caught
-        what the handler raised."""
+        """Raise Interrupted if a signal came: also while starting up, where a library may have caught the handler's."""
         if self.received:
-            raise Interrupted(f"stopped by {self.received}")
+            rest = "" if self._deferred else " before the first step; nothing had to be saved"
+            raise Interrupted(f"stopped by {self.received}{rest}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
@@ -54,4 +54,4 @@ class Signals:
             os._exit(130)
         self.received = self.received or signal.Signals(number).name
         if not self._deferred:
-            raise Interrupted(f"stopped by {self.received} before the first step; nothing had to be saved")
+            self.check()

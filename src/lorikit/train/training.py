@@ -15,7 +15,7 @@ from pathlib import Path
 from lorikit.config import RunConfig
 from lorikit.data.encode import Encoder
 from lorikit.data.values import Example
-from lorikit.errors import DataError, DivergedError, Interrupted, ModelError
+from lorikit.errors import DataError, DivergedError, Interrupted, ModelError, OutOfMemoryError
 from lorikit.model.engine import Engine
 from lorikit.model.lora import save_adapter
 from lorikit.train import checkpoint
@@ -23,11 +23,16 @@ from lorikit.train.card import model_card
 from lorikit.train.checkpoint import State
 from lorikit.train.evaluate import answers, held_out_loss
 from lorikit.train.metrics import MetricsFile, Record, numbers_of, open_trackers, peak_memory
-from lorikit.train.optim import Budget, compute_gradient, derived_seed, make_optimizer, plan_steps
+from lorikit.train.optim import Budget, compute_gradient, derived_seed, is_out_of_memory, make_optimizer, plan_steps
 from lorikit.train.progress import Report
 from lorikit.train.run_folder import ADAPTER_FOLDER, data_digest, write_config
 from lorikit.train.signals import Signals
 from lorikit.train.storage import new_folder
+
+_ADVICE = (
+    "Look at the rows with `lorikit check`, then take a lower train.learning_rate, a longer warm-up or model.dtype bfloat16, "
+    "with another train.output_dir"
+)
 
 
 class Training:
@@ -60,26 +65,11 @@ class Training:
         self.budget = Budget(config.train.max_tokens_per_forward, engine.device.type, self.report.say)
         self.state = State()
 
-    def run(self) -> None:
-        """Restore, step until the plan or early stopping ends it, write adapter/."""
-        self._restore()
-        self.signals.defer()
-        self.report.start(self.plan.num_steps, self.state.step)
-        self.engine.train()
-        try:
-            if not self.state.settled:
-                self._end_step()
-            while not self._is_done():
-                self._step()
-                self._end_step()
-            self._write_adapter()
-        finally:
-            self.report.stop()
-            self.metrics.close()
-            for tracker in self.trackers:
-                tracker.close()
+    def restore(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one, and make the folder a run with these settings.
 
-    def _restore(self) -> None:
+        Raises DataError for other rows than it was begun with, ModelError for another revision of the base.
+        """
         digest = data_digest((self.rows, self.held_out))
         newest = checkpoint.newest(self.run_folder, self.report.say)
         if newest is None:
@@ -100,9 +90,34 @@ class Training:
             self.budget.max_tokens = self.state.max_tokens
             self.report.say(f"going on with {newest}")
         write_config(self.run_folder, self.config)
+
+    def run(self) -> None:
+        """Step until the plan or early stopping ends it, then write adapter/. `restore` comes first."""
+        self.signals.defer()
+        self.seconds_before, self.started = self.state.seconds, time.perf_counter()
         self.metrics = MetricsFile(self.run_folder / "metrics.jsonl", self.state.metrics_bytes)
         self.trackers = open_trackers(self.config, self.run_folder, self.state.step)
-        self.seconds_before, self.started = self.state.seconds, time.perf_counter()
+        self.report.start(self.plan.num_steps, self.state.step)
+        self.engine.train()
+        try:
+            if not self.state.settled:
+                self._end_step()
+            while not self._is_done():
+                self._step()
+                self._end_step()
+            self._write_adapter()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"step {self.state.step + 1}: out of memory outside the forward and backward pass "
+                f"({str(error).splitlines()[0]}); {self._kept()}"
+            ) from None
+        finally:
+            self.report.stop()
+            self.metrics.close()
+            for tracker in self.trackers:
+                tracker.close()
 
     def _step(self) -> None:
         begun = time.perf_counter()
@@ -115,8 +130,7 @@ class Training:
             dropout_seed=derived_seed(config.seed, "dropout", state.step),
             max_norm=config.max_grad_norm,
         )
-        if not gradient.is_finite:
-            raise DivergedError(self._diverged(gradient.loss_sum, gradient.norm, examples))
+        self._check_finite(gradient.loss_sum, gradient.norm, examples)
         learning_rate = self.plan.learning_rate(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -181,7 +195,9 @@ class Training:
         record: Record = {"step": state.step, "epoch": self.plan.epoch(state.step)}
         if self.held_out:
             loss = held_out_loss(self.engine, self.held_out, self.budget, self.signals.check)
-            best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+            if not math.isfinite(loss):
+                raise DivergedError(f"step {state.step}: the held-out loss is {loss}; {self._kept()}. {_ADVICE}")
+            best = state.best_loss is None or loss < state.best_loss
             record |= {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "best": best}
             if best:
                 state = replace(state, best_loss=loss, best_step=state.step, num_worse=0)
@@ -203,6 +219,10 @@ class Training:
         """A checkpoint of this step. One that is there already was loaded at the start, and leads to the same bytes."""
         folder = checkpoint.folder_of(self.run_folder, self.state.step)
         if not folder.exists():
+            if not all(bool(parameter.isfinite().all()) for parameter in self.engine.parameters()):
+                raise DivergedError(
+                    f"step {self.state.step}: the adapter holds NaN or infinity; {self._kept()}. {_ADVICE}"
+                )
             state = replace(
                 self.state,
                 seconds=self._seconds(),
@@ -239,13 +259,16 @@ class Training:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _diverged(self, loss: float, norm: float, examples: Sequence[Example]) -> str:
+    def _check_finite(self, loss: float, norm: float, examples: Sequence[Example]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
         sources = [example.source for example in examples]
         rows = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
-        folders = checkpoint.checkpoints(self.run_folder)
-        kept = f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
-        return (
-            f"step {self.state.step + 1}: the loss is {loss}, the gradient norm {norm}; nothing was applied and {kept}. "
-            f"Rows of the step: {rows}. Look at them with `lorikit check`, then take a lower train.learning_rate, a longer "
-            "warm-up or model.dtype bfloat16, with another train.output_dir"
+        raise DivergedError(
+            f"step {self.state.step + 1}: the loss is {loss}, the gradient norm {norm}; nothing was applied and "
+            f"{self._kept()}. Rows of the step: {rows}. {_ADVICE}"
         )
+
+    def _kept(self) -> str:
+        folders = checkpoint.checkpoints(self.run_folder)
+        return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
