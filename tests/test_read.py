@@ -361,6 +361,20 @@ def test_rejects_are_written_with_the_rows_they_were(tmp_path):
         write_rejects(tmp_path / "absent" / "rejects.jsonl", [])
 
 
+@pytest.mark.parametrize("inner", ["", "NaN"])
+def test_rejects_are_written_from_where_the_stack_allows_less_nesting_than_reading_took(tmp_path, inner):
+    def deeper(frames: int, rows: Rows) -> None:
+        if frames:
+            deeper(frames - 1, rows)
+        else:
+            write_rejects(tmp_path / "rejects.jsonl", rows.rejects)
+
+    for depth in range(800, 1000, 9):
+        rows = read(tmp_path / "a.jsonl", f"{{{ROW}: {'[' * depth}{inner}{']' * depth}}}\n{GOOD}\n")
+        deeper(100, rows)
+        assert (tmp_path / "rejects.jsonl").read_text().startswith('{"source": "a.jsonl:1", "reason": ')
+
+
 def test_reading_imports_no_torch_transformers_or_pandas(tmp_path):
     (tmp_path / "a.jsonl").write_text(GOOD)
     code = f"""

@@ -75,12 +75,14 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
 
 def _reject_line(reject: Reject) -> str:
     line = {"source": reject.source, "reason": reject.reason}
-    if reject.row is None:
-        return json.dumps(line, ensure_ascii=False)
     try:
-        return json.dumps(line | {"row": reject.row}, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):  # NaN, dates and bytes from Parquet: not JSON, but worth reading
-        return json.dumps(line | {"row": repr(reject.row)}, ensure_ascii=False)
+        try:
+            row = {} if reject.row is None else {"row": reject.row}
+            return json.dumps(line | row, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError):  # NaN, dates and bytes from Parquet: not JSON, but worth reading
+            return json.dumps(line | {"row": repr(reject.row)}, ensure_ascii=False)
+    except RecursionError:  # reading takes a little deeper nesting than writing
+        return json.dumps(line, ensure_ascii=False)
 
 
 _TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
