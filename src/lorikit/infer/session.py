@@ -1,0 +1,162 @@
+"""A run, an adapter, a checkpoint or a base model -> a Session: engine and encoder as they were in training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorikit.config import RunConfig, load_config
+from lorikit.data.encode import Encoder
+from lorikit.errors import ModelError
+from lorikit.hub import resolve_model
+from lorikit.model import lora
+from lorikit.model.engine import Engine
+from lorikit.model.load import load_engine, load_tokenizer, stop_ids
+
+CONFIG = "config.yaml"
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # by the age of the model
+_NO_LIMIT = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What it takes to get answers. `base` is the name of the base model, `max_length` its longest sequence in tokens;
+    `notes` say in plain words what was found otherwise than expected."""
+
+    engine: Engine
+    encoder: Encoder
+    config: RunConfig
+    name: str
+    base: str
+    max_length: int
+    has_adapter: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    config: RunConfig
+    adapter: Path | None = None
+    tokenizer: Path | None = None  # None: the base's own
+    notes: tuple[str, ...] = ()
+
+
+def open_run(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    need_adapter: bool = True,
+) -> Session:
+    """The session of a run folder, a checkpoint of one, or a PEFT adapter folder.
+
+    A run's own settings say how text becomes tokens; `device` and `dtype` other than auto replace the run's. A run that
+    is not finished answers from its newest whole checkpoint. With `need_adapter` False it is the base alone, in the
+    settings of the run, and `path` may also be the folder or the id of a base model. Raises ModelError that says what to
+    do where there is no adapter, and whatever loading the base, its adapter and its template raises.
+    """
+    found = _find(str(path), need_adapter)
+    adapter = found.adapter if need_adapter else None
+    settings = found.config.model
+    revision = settings.revision or (lora.read_config(found.adapter).get("revision") if found.adapter else None)
+    overrides: dict[str, object] = {} if dtype == "auto" else {"dtype": dtype}
+    if device != "auto":
+        overrides |= {"device": device, "device_map": None}
+    settings = settings.model_copy(update=overrides)
+    try:
+        base = resolve_model(settings.name_or_path, revision, settings.hub)
+    except ModelError as error:
+        what = "neither a folder nor a model" if settings.name_or_path == str(path) else "its base cannot be had"
+        raise ModelError(f"{path}: {what}: {error}") from None
+    tokenizer = load_tokenizer(found.tokenizer or base.path, trust_remote_code=settings.trust_remote_code)
+    encoder = Encoder(tokenizer, found.config.data, stop_ids(base.path))
+    return Session(
+        engine=load_engine(settings, base, adapter=adapter),
+        encoder=encoder,
+        config=found.config,
+        name=str(path),
+        base=base.name,
+        max_length=_longest(base.path),
+        has_adapter=adapter is not None,
+        notes=(*found.notes, *encoder.notes),
+    )
+
+
+def _find(path: str, need_adapter: bool) -> _Found:
+    """Which adapter, if any, and which settings `path` stands for."""
+    folder = Path(path)
+    if (folder / CONFIG).is_file():
+        return _find_in_run(folder) if need_adapter else _Found(load_config(folder / CONFIG))
+    if (folder / lora.CONFIG).is_file():
+        if (folder.parent / CONFIG).is_file():
+            damage = _damage(folder) if folder.name.startswith("checkpoint-") else None
+            if damage:
+                raise ModelError(f"{folder}: {damage}; take another checkpoint")
+            return _Found(load_config(folder.parent / CONFIG), folder)
+        base = lora.read_config(folder).get("base_model_name_or_path")
+        if not base:
+            raise ModelError(
+                f"{folder / lora.CONFIG}: base_model_name_or_path is empty; write the adapter's base there"
+            )
+        own = folder if (folder / "tokenizer_config.json").is_file() else None
+        return _Found(_default_settings(base), folder, own)
+    is_model = (folder / "config.json").is_file()
+    if not need_adapter and (is_model or not folder.exists()):
+        return _Found(_default_settings(path))
+    what = "a base model: add --base to talk to it as it is" if is_model else "neither"
+    raise ModelError(
+        f"{folder}: {f'this is {what}' if folder.exists() else 'no such folder'}; a run folder holds {CONFIG}, the folder of "
+        f"an adapter {lora.CONFIG}"
+    )
+
+
+def _find_in_run(run: Path) -> _Found:
+    config = load_config(run / CONFIG)
+    if (run / "adapter").is_dir():
+        return _Found(config, run / "adapter")
+    passed_over: list[str] = []
+    checkpoints = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    for folder in sorted(checkpoints, key=lambda p: -int(p.name.removeprefix("checkpoint-"))):
+        damage = _damage(folder)
+        if damage is None:
+            notes = (*passed_over, f"{run} is not finished: this is its {folder.name}")
+            return _Found(config, folder, notes=notes)
+        passed_over.append(f"passed over {folder}: {damage}")
+    lines = [
+        *passed_over,
+        f"{run}: no adapter/ yet and no {'whole ' if passed_over else ''}checkpoint; give the command "
+        "that trains it once more, or add --base to talk to the base",
+    ]
+    raise ModelError("\n".join(lines))
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with the adapter of a checkpoint, by the sha256 of its manifest."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_bytes())["files"]
+        for name in (lora.CONFIG, lora.WEIGHTS):
+            if hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() != files[name]["sha256"]:
+                return f"{name} is not as it was written (sha256)"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"cannot be verified ({type(error).__name__}: {error})"
+    return None
+
+
+def _default_settings(base: str) -> RunConfig:
+    return load_config(model={"name_or_path": base}, data={"train": "none"}, train={"output_dir": "none"})
+
+
+def _longest(model: Path) -> int:
+    """The longest sequence of a model, in tokens, by its config.json."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model / 'config.json'}: cannot be read ({error})") from None
+    for values in (config, config.get("text_config") or {}):
+        for name in _POSITIONS:
+            if isinstance(values.get(name), int):
+                return int(values[name])
+    return _NO_LIMIT
