@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorikit.config import DataConfig
-from lorikit.data.read import Rows, data_files, read_rows, write_rejects
+from lorikit.data.read import Rows, data_files, read_rows, rejects_jsonl
 from lorikit.data.values import Message, Reject
-from lorikit.errors import DataError, DiskError
+from lorikit.errors import DataError
 
 GOOD = '{"instruction": "a", "output": "b"}'
 TUTORIAL = Path(
@@ -344,8 +344,8 @@ def test_a_damaged_row_group_of_a_parquet_file_is_one_reject(tmp_path):
 def test_rejects_are_written_with_the_rows_they_were(tmp_path):
     content = f'{GOOD}\n{{"instruction": "好", "output": 3}}\n{{broken\n{SURROGATE}\n{{{ROW}: NaN}}\n'
     rows = read(tmp_path / "a.jsonl", content.encode() + '{"instruction": "好"}\n'.encode("gbk"))
-    write_rejects(tmp_path / "rejects.jsonl", [*rows.rejects, Reject("b.json:1", "elsewhere")])
-    written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text("utf-8").splitlines()]
+    text = rejects_jsonl([*rows.rejects, Reject("b.json:1", "elsewhere")]).decode("utf-8")
+    written = [json.loads(line) for line in text.splitlines()]
     assert [line["source"] for line in written] == [*(f"a.jsonl:{number}" for number in range(2, 7)), "b.json:1"]
     assert written[0] == {
         "source": "a.jsonl:2",
@@ -357,22 +357,16 @@ def test_rejects_are_written_with_the_rows_they_were(tmp_path):
     assert written[3]["row"] == "{'instruction': 'a', 'output': nan}"
     assert written[4]["row"].encode("utf-8", "surrogateescape") == '{"instruction": "好"}'.encode("gbk")
     assert written[5] == {"source": "b.json:1", "reason": "elsewhere"}
-    with pytest.raises(DiskError, match="cannot be written"):
-        write_rejects(tmp_path / "absent" / "rejects.jsonl", [])
 
 
 @pytest.mark.parametrize("inner", ["", "NaN"])
 def test_rejects_are_written_from_where_the_stack_allows_less_nesting_than_reading_took(tmp_path, inner):
-    def deeper(frames: int, rows: Rows) -> None:
-        if frames:
-            deeper(frames - 1, rows)
-        else:
-            write_rejects(tmp_path / "rejects.jsonl", rows.rejects)
+    def deeper(frames: int, rows: Rows) -> bytes:
+        return deeper(frames - 1, rows) if frames else rejects_jsonl(rows.rejects)
 
     for depth in range(800, 1000, 9):
         rows = read(tmp_path / "a.jsonl", f"{{{ROW}: {'[' * depth}{inner}{']' * depth}}}\n{GOOD}\n")
-        deeper(100, rows)
-        assert (tmp_path / "rejects.jsonl").read_text().startswith('{"source": "a.jsonl:1", "reason": ')
+        assert json.loads(deeper(100, rows).split(b', "row"')[0].strip(b"}\n") + b"}")["source"] == "a.jsonl:1"
 
 
 def test_reading_imports_no_torch_transformers_or_pandas(tmp_path):

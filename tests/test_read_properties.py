@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorikit.config import DataConfig
-from lorikit.data.read import read_rows, write_rejects
+from lorikit.data.read import read_rows, rejects_jsonl
 from lorikit.data.values import Conversation, Message
 from lorikit.errors import DataError
 
@@ -31,7 +31,8 @@ def survives(path: Path, data: bytes) -> None:
     else:
         assert rows.num_rows == len(rows.conversations) + len(rows.rejects) > 0
         assert all("\n" not in str(reject) for reject in rows.rejects)
-        write_rejects(path.with_name("rejects.jsonl"), rows.rejects)
+        written = [json.loads(line) for line in rejects_jsonl(rows.rejects).decode("utf-8").split("\n")[:-1]]
+        assert [line["source"] for line in written] == [reject.source for reject in rows.rejects]
 
 
 @given(st.sampled_from(NAMES), st.binary(max_size=200), st.sampled_from([b"", b"[", b"{", b"\xff\xfe", b'"', b"PAR1"]))

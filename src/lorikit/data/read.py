@@ -15,7 +15,7 @@ from lorikit.data.lines import RowError, UndecodableError
 from lorikit.data.probe import SUFFIXES, suffix_of
 from lorikit.data.rows import raw_rows
 from lorikit.data.values import Conversation, Reject
-from lorikit.errors import DataError, DiskError
+from lorikit.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,13 @@ def read_rows(paths: Sequence[Path], config: DataConfig) -> Rows:
     return Rows(conversations, rejects, len(conversations) + len(rejects))
 
 
-def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """One JSON object a line: source, reason, and the row as it was read (text where it could not be parsed)."""
-    try:
-        # A lone surrogate is written as the JSON escape that stands for it.
-        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(_reject_line(reject) + "\n" for reject in rejects)
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written ({error.strerror})") from None
+def rejects_jsonl(rejects: Iterable[Reject]) -> bytes:
+    """What rejects.jsonl holds: one JSON object a line with source, reason and the row as it was read.
+
+    A row that could not be parsed is its text, one that JSON cannot express (NaN, dates) what Python calls it.
+    """
+    # A lone surrogate, also one that stands for a byte that is not UTF-8, becomes the JSON escape for it.
+    return "".join(_reject_line(reject) + "\n" for reject in rejects).encode("utf-8", "backslashreplace")
 
 
 def _reject_line(reject: Reject) -> str:
@@ -79,7 +78,7 @@ def _reject_line(reject: Reject) -> str:
         try:
             row = {} if reject.row is None else {"row": reject.row}
             return json.dumps(line | row, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError):  # NaN, dates and bytes from Parquet: not JSON, but worth reading
+        except (TypeError, ValueError):
             return json.dumps(line | {"row": repr(reject.row)}, ensure_ascii=False)
     except RecursionError:  # reading takes a little deeper nesting than writing
         return json.dumps(line, ensure_ascii=False)

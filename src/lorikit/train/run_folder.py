@@ -13,11 +13,11 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from lorikit.config import RunConfig, dump_config, load_config
 from lorikit.data.account import DataReport
+from lorikit.data.read import rejects_jsonl
 from lorikit.data.values import Example
 from lorikit.errors import ConfigError
 from lorikit.train.checkpoint import checkpoints
@@ -93,8 +93,7 @@ def write_data_report(run: Path, report: DataReport) -> None:
     """data_report.json, and rejects.jsonl if rows were refused."""
     write_file(run / "data_report.json", json.dumps(report.to_dict(), ensure_ascii=False, indent=1).encode() + b"\n")
     if report.rejects:
-        lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in report.rejects]
-        write_file(run / "rejects.jsonl", "".join(lines).encode())
+        write_file(run / "rejects.jsonl", rejects_jsonl(report.rejects))
 
 
 def data_digest(parts: Iterable[Iterable[Example]]) -> str:
