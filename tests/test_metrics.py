@@ -124,12 +124,12 @@ def test_tensorboard_gets_every_number_of_a_line_and_forgets_what_a_resume_cut_o
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
-def test_clients_are_opened_to_resume_and_fed_and_finished(tmp_path, monkeypatch, name):
+def test_clients_are_opened_to_resume_and_fed_and_finished(tmp_path, monkeypatch, capsys, name):
     calls = []
     module = types.ModuleType(name)
     module.init = lambda **settings: calls.append(settings)
     module.log = lambda numbers, step: calls.append((numbers, step))
-    module.finish = lambda: calls.append("finish")
+    module.finish = lambda: (print("uploading"), calls.append("finish"))
     monkeypatch.setitem(sys.modules, name, module)
     (tracker,) = open_trackers(run_config(tmp_path, report_to=[name]), tmp_path, 5)
     tracker.log(numbers_of(LINE), 20)
@@ -139,6 +139,18 @@ def test_clients_are_opened_to_resume_and_fed_and_finished(tmp_path, monkeypatch
     assert calls[0]["config"]["train"]["report_to"] == [name]
     assert calls[1] == ({key: value for key, value in LINE.items() if key != "step"}, 20)
     assert calls[2] == "finish"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_client_that_cannot_start_is_a_setting_to_change(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise RuntimeError("api_key not configured")
+
+    module = types.ModuleType("wandb")
+    module.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(ConfigError, match=r"train\.report_to: wandb cannot start: api_key not configured"):
+        open_trackers(run_config(tmp_path, report_to=["wandb"]), tmp_path, 0)
 
 
 def report(**options):

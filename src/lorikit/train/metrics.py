@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import resource
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,16 +110,17 @@ class _TensorBoard:
 
 
 class _Client:
-    """trackio and wandb: the one has the other's interface."""
+    """trackio and wandb: the one has the other's interface. What they print goes to stderr; stdout is for results."""
 
     def __init__(self, module: str, config: RunConfig, run: Path) -> None:
-        self._module = importlib.import_module(module)
         name = run.resolve().name
         # the inode makes the id one of this very folder: a resumed run is found again, another of its name is not
         extra: dict[str, Any] = {"dir": str(run), "id": f"{name}-{run.stat().st_ino}"} if module == "wandb" else {}
         settings = config.model_dump(mode="json")
         try:
-            self._module.init(project="lorikit", name=name, config=settings, resume="allow", **extra)
+            with redirect_stdout(sys.stderr):
+                self._module = importlib.import_module(module)
+                self._module.init(project="lorikit", name=name, config=settings, resume="allow", **extra)
         except Exception as error:  # each client has classes of its own
             raise ConfigError(f"train.report_to: {module} cannot start: {error}") from error
 
@@ -125,4 +128,5 @@ class _Client:
         self._module.log(numbers, step=step)
 
     def close(self) -> None:
-        self._module.finish()
+        with redirect_stdout(sys.stderr):
+            self._module.finish()
