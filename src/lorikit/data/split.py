@@ -1,0 +1,57 @@
+"""Which rows are held out: whole groups of equal prompts, chosen by a hash of what the prompt says.
+
+A group's place is its hash and nothing else. Row order and seed do not move it, and for a share neither do rows that
+are added later, so that two runs on a growing file are judged on the same old questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+from lorikit.data.values import Conversation
+from lorikit.errors import ConfigError
+
+
+def prompt_key(conversation: Conversation) -> bytes:
+    """A 32-byte hash of everything before the last assistant turn, its white space normalised and its case folded."""
+    turns = [(turn.role, " ".join(turn.content.split()).casefold()) for turn in conversation.messages[:-1]]
+    return hashlib.sha256(repr(turns).encode("utf-8", "surrogatepass")).digest()
+
+
+def split(keys: Sequence[bytes], eval_size: float) -> list[bool]:
+    """For each row, given by its `prompt_key`, whether it is held out.
+
+    A share (`eval_size` below 1) holds out the groups whose hash lies below that share of all hashes: about that share
+    of the prompts, the same ones however many rows join them. A number of rows is filled with the groups of lowest
+    hash that still fit, so that it is met wherever prompts of one row remain, and never exceeded. With two groups or
+    more and `eval_size` not 0, neither side is empty: a share too small for the file holds out the lowest hash, one
+    too large leaves the highest to train, and a number below the size of every group holds out the smallest group.
+    Raises ConfigError for a number that leaves no row to train.
+    """
+    if eval_size >= 1 and len(keys) <= eval_size:
+        raise ConfigError(
+            f"eval.eval_size is {eval_size:.0f} rows, but only {len(keys)} can be used, so that none would be left to "
+            "train; give a smaller number, or a share below 1"
+        )
+    sizes = Counter(keys)
+    if eval_size == 0 or len(sizes) < 2:
+        return [False] * len(keys)
+    chosen = _share(sizes, eval_size) if eval_size < 1 else _number(sizes, int(eval_size))
+    return [key in chosen for key in keys]
+
+
+def _share(sizes: Counter[bytes], share: float) -> set[bytes]:
+    groups = sorted(sizes)
+    threshold = int(share * 2**256)
+    return {group for group in groups[:-1] if int.from_bytes(group, "big") < threshold} or {groups[0]}
+
+
+def _number(sizes: Counter[bytes], missing: int) -> set[bytes]:
+    chosen: set[bytes] = set()
+    for group in sorted(sizes):
+        if sizes[group] <= missing:
+            chosen.add(group)
+            missing -= sizes[group]
+    return chosen or {min(sorted(sizes), key=lambda group: sizes[group])}
