@@ -21,7 +21,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LAYERS = [
     ["lorikit", "lorikit.errors"],
     ["lorikit.config"],
-    ["lorikit.hub", "lorikit.bundled"],
+    ["lorikit.hub", "lorikit.hub_clients", "lorikit.bundled", "lorikit.model_files"],
     [
         "lorikit.data",
         "lorikit.data.audit",
