@@ -230,6 +230,17 @@ def test_a_new_folder_takes_the_place_of_the_old_one_and_leftovers_are_removed(t
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_others_can_read_what_the_umask_lets_them_read(tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        (tmp_path / oct(umask)).mkdir()
+        before = os.umask(umask)
+        try:
+            folder = saved(tmp_path / oct(umask), 1)
+        finally:
+            os.umask(before)
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}
+
+
 def test_every_field_of_the_state_survives_json(tmp_path):
     state = State(1, False, 2, 3, 4.5, 1e-9, 6, 7, 0.1, 8, 1 / 3, 9, 10, 11, "abc", "main")
     engine, optimizer = stepped(1)

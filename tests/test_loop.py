@@ -435,6 +435,21 @@ def test_a_signal_whose_exception_a_library_swallowed_is_seen_at_the_next_check(
             signals.defer()
 
 
+def test_a_signal_that_a_library_took_for_an_error_of_its_own_still_ends_with_75():
+    def load():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass
+        except Exception as error:
+            raise ModelError(f"cannot be loaded: {error}") from error
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before the first step"), Signals():
+        load()
+    with pytest.raises(ModelError, match="no such file"), Signals():
+        raise ModelError("no such file")
+
+
 def test_a_second_ctrl_c_ends_the_process_with_130():
     child = os.fork()
     if child == 0:

@@ -32,17 +32,18 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         check_trackers(config.train.report_to)
 
         # 2. Names become folders on this machine.
-        base = resolve_model(config.model.name_or_path, revision=config.model.revision, hub=config.model.hub)
+        base = resolve_model(config.model.name_or_path, config.model.revision, config.model.hub, report.say)
         signals.check()
         names = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-        paths = [resolve_data(name, hub=config.model.hub).path for name in names]
-        held_out_paths = [resolve_data(config.eval.data, hub=config.model.hub).path] if config.eval.data else None
+        paths = [resolve_data(name, None, config.model.hub, report.say).path for name in names]
+        held_out_names = [config.eval.data] if config.eval.data else []
+        held_out_paths = [resolve_data(name, None, config.model.hub, report.say).path for name in held_out_names]
         signals.check()
 
         # 3. Rows become tokens, each accounted for.
         tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
         encoder = Encoder(tokenizer, config.data, stop_ids(base.path))
-        prepared = prepare(paths, held_out_paths, config, encoder)
+        prepared = prepare(paths, held_out_paths or None, config, encoder)
         signals.check()
 
         # 4. The base and its new adapter.
@@ -65,7 +66,7 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
             encoder=encoder,
             report=report,
             signals=signals,
-            base_name=base.name,
+            base_name=base.path.resolve().name if base.hub == "path" else base.name,  # it gets published
             base_revision=base.revision,
         )
         training.restore()

@@ -119,7 +119,8 @@ def environment() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name.replace("__main__.py", "lorikit")
+    command = shlex.join([program, *sys.argv[1:]])
     return {
         "command": command.replace(str(Path.home()), "~") if Path.home() != Path("/") else command,
         "packages": found,

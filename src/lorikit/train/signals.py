@@ -35,6 +35,8 @@ class Signals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if value is not None and not self._deferred:
+            self.check()  # whoever made another error of the handler's Interrupted: it was the signal
 
     def defer(self) -> None:
         """From now on a signal waits for the next `check`."""

@@ -59,6 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             yield staged
             for file in staged.iterdir():
+                file.chmod(staged.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
                 _sync(file)
             _sync(staged)
             if path.exists():

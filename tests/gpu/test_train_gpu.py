@@ -1,0 +1,96 @@
+"""The loop on a GPU: the same bytes after a resume, and a step that does not fit is taken in halves."""
+
+import io
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from lorikit.config import LoraSettings, ModelConfig, RunConfig
+from lorikit.data.values import Example
+from lorikit.errors import Interrupted, OutOfMemoryError
+from lorikit.hub import Resolved
+from lorikit.model.load import load_engine
+from lorikit.train.metrics import peak_memory
+from lorikit.train.progress import Report
+from lorikit.train.signals import Signals
+from lorikit.train.training import Training
+from tiny_model import save_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = save_model(tmp_path_factory.mktemp("base") / "model", longest=4096)
+    return Resolved(path=folder, name="tiny", hub="path", revision=None)
+
+
+def rows(number, length):
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(0, 256, (number, length), generator=generator).tolist()
+    return [Example(row, row, f"rows.json:{index}") for index, row in enumerate(ids)]
+
+
+def training(base, run, examples, signals=None, **train):
+    run.mkdir(exist_ok=True)
+    config = RunConfig.model_validate(
+        {
+            "model": {"name_or_path": "tiny", "device": "cuda:0"},
+            "data": {"train": "rows.json"},
+            "train": {"output_dir": str(run), "num_train_epochs": 2, "save_steps": 3, "learning_rate": 1e-3, **train},
+        }
+    )
+    engine = load_engine(
+        ModelConfig(name_or_path="tiny", device="cuda:0"), base, new_adapter=LoraSettings(lora_dropout=0.1), seed=1
+    )
+    report = Report(Console(file=io.StringIO(), width=300))
+    made = Training(config, run, engine, examples[2:], held_out=examples[:2], report=report, signals=signals)
+    made.restore()
+    return made
+
+
+def test_a_run_that_was_stopped_on_a_gpu_resumes_to_the_same_bytes(base, tmp_path):
+    examples = rows(70, 120)
+    training(base, tmp_path / "whole", examples).run()
+    for step in (2, 5, 8):
+        with Signals() as signals:
+            cut = training(base, tmp_path / "cut", examples, signals)
+            compute = cut.engine.loss_sum
+
+            def stop_at(batch, cut=cut, compute=compute, step=step):
+                if cut.state.step + 1 == step:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return compute(batch)
+
+            cut.engine.loss_sum = stop_at
+            with pytest.raises(Interrupted, match=f"after step {step}"):
+                cut.run()
+    training(base, tmp_path / "cut", examples).run()
+    whole, cut = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_step_that_does_not_fit_the_gpu_is_halved_and_a_row_that_does_not_fit_is_named(base, tmp_path):
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + 96 * 2**20) / total, 0)
+    try:
+        made = training(base, tmp_path / "run", rows(34, 1024), max_tokens_per_forward=32 * 1024)
+        made.run()
+        assert "out of memory at" in made.report.console.file.getvalue()
+        assert 1024 <= made.budget.max_tokens < 32 * 1024
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + 2**20) / total, 0)
+        with pytest.raises(OutOfMemoryError, match=r"rows.json:\d+: one row of 4000 tokens does not fit"):
+            training(base, tmp_path / "long", rows(6, 4000)).run()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+
+def test_peak_memory_is_that_of_the_gpu():
+    before = torch.cuda.memory_allocated(0)
+    torch.cuda.reset_peak_memory_stats(0)
+    block = torch.ones(2**26, device="cuda:0")
+    assert peak_memory(torch.device("cuda:0")) >= before + block.numel() * 4
