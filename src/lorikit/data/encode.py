@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
@@ -57,8 +57,9 @@ class Encoder:
         self._safe = SafeTokenizer(tokenizer)
         self.control_ids = self._safe.control_ids
         self._template = _template_text(tokenizer, config)
-        self._folds_system = False
+        self._folds_system, self._folds_reasoning = False, False
         self._folds_system = not self._knows_system()
+        self._folds_reasoning = not self._shows("user", "assistant", reasoning_content="\uf8ffreason")
         self.stop_ids = self._find_stop_ids(model_stop_ids)
         self._bos = self._expected_bos()
 
@@ -67,28 +68,29 @@ class Encoder:
 
         Raises DataError (the reason, without the source) when the row cannot be trained as it says.
         """
-        messages = self._with_system(conversation.messages)
+        messages = self._fitted(conversation.messages)
         standins: dict[str, str] = {}
         shown = self._protected(messages, standins)
-        turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        openings = self._openings(shown)
+        turns = sorted(openings) if self.config.train_on == "all" else sorted(openings)[-1:]
         if not turns:
             raise DataError("has no assistant turn to learn")
-        if self.config.train_on == "last":
-            turns = turns[-1:]
-        prompts = [self._render(shown[:i], generate=True) for i in turns]
         full = self._render(shown)
-        texts = [full if i == len(messages) - 1 else self._render(shown[: i + 1]) for i in turns]
-        for i, prompt, text in zip(turns, prompts, texts, strict=True):
-            if not text.startswith(prompt):
+        texts = {i: full if i == len(messages) - 1 else self._render(shown[: i + 1]) for i in turns}
+        for i, text in texts.items():
+            if not text.startswith(openings[i]):
                 raise DataError(
                     f"turn {i + 1}: the chat template renders the answer differently in training than in generation "
-                    f"({prompt[-40:]!r} is not how the trained text begins); see data.template_kwargs, or data.train_on: last"
+                    f"({openings[i][-40:]!r} is not how the trained text begins); see data.template_kwargs"
                 )
-        if all(full.startswith(text) for text in texts):
-            groups = [(full, list(zip(prompts, texts, strict=True)))]
+        if all(full.startswith(text) for text in texts.values()):
+            groups = [(full, turns)]
         else:
-            groups = [(text, [(prompt, text)]) for prompt, text in zip(prompts, texts, strict=True)]
-        return [self._example(text, spans, standins, conversation.source) for text, spans in groups]
+            groups = [(text, [i]) for i, text in texts.items()]
+        return [
+            self._example(text, openings, {i: texts[i] for i in labelled}, standins, conversation.source)
+            for text, labelled in groups
+        ]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids that generation starts from: the conversation so far and the opening of the assistant's turn.
@@ -98,9 +100,10 @@ class Encoder:
         if not messages or messages[-1].role == "assistant":
             raise DataError("a prompt must end with a user turn")
         standins: dict[str, str] = {}
-        shown = self._protected(self._with_system(messages), standins)
+        shown = self._protected(self._fitted(messages), standins)
         rendered = self._render(shown, generate=True)
-        return self._safe.encode(rendered, standins, [len(rendered)]).ids
+        cuts = _cuts(rendered, self._openings(shown))
+        return self._safe.encode(rendered, standins, [*cuts.values(), len(rendered)]).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without control tokens."""
@@ -110,17 +113,26 @@ class Encoder:
         assert isinstance(text, str)
         return text
 
-    def _example(self, rendered: str, spans: list[tuple[str, str]], standins: dict[str, str], source: str) -> Example:
-        """`spans` holds, for each labelled turn, what stands before the answer and what stands up to its end."""
-        encoded = self._safe.encode(rendered, standins, [len(prompt) for prompt, _ in spans])
+    def _openings(self, shown: list[dict[str, str]]) -> dict[int, str]:
+        """For each assistant turn the text from which it would be generated."""
+        return {i: self._render(shown[:i], generate=True) for i, m in enumerate(shown) if m["role"] == "assistant"}
+
+    def _example(
+        self, rendered: str, openings: dict[int, str], texts: dict[int, str], standins: dict[str, str], source: str
+    ) -> Example:
+        """One text with the turns in `texts` labelled; `texts` holds what stands up to each turn's end."""
+        cuts = _cuts(rendered, openings)
+        encoded = self._safe.encode(rendered, standins, list(cuts.values()))
+        starts = dict(zip(cuts, encoded.counts, strict=True))
         ids = encoded.ids
         labels = [IGNORE] * len(ids)
-        for start, (prompt, text) in zip(encoded.counts, spans, strict=True):
+        for turn, text in texts.items():
+            start = starts[turn]
             last = max((i for i, end in encoded.controls if i >= start and end <= len(text)), default=None)
             if last is None or ids[last] not in self.stop_ids:
                 raise DataError(
-                    f"the answer {text[len(prompt) :][:40]!r} does not end with a stop token, so the model would never learn "
-                    "to stop; use the tokenizer of an instruct model or a data.template that ends answers"
+                    f"the answer {text[len(openings[turn]) :][:40]!r} does not end with a stop token, so the model would never "
+                    "learn to stop; use the tokenizer of an instruct model or a data.template that ends answers"
                 )
             labels[start : last + 1] = ids[start : last + 1]
         if self._bos is not None and (ids[0] != self._bos or ids.count(self._bos) != 1):
@@ -129,14 +141,21 @@ class Encoder:
             )
         return Example(ids, labels, source)
 
-    def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """The setting's system prompt where the row has none; before the first user turn if the template has no role."""
+    def _fitted(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Messages as this template can show them: the setting's system prompt, system and reasoning where it has no place."""
         turns = tuple(messages)
         if self.config.system and (not turns or turns[0].role != "system"):
             turns = (Message("system", self.config.system), *turns)
         if self._folds_system and len(turns) > 1 and turns[0].role == "system":
             joined = f"{turns[0].content}\n\n{turns[1].content}"
             turns = (replace(turns[1], content=joined), *turns[2:])
+        if self._folds_reasoning:  # a template that does not know reasoning must not lose it
+            turns = tuple(
+                replace(m, content=f"<think>\n{m.reasoning}\n</think>\n\n{m.content}", reasoning=None)
+                if m.reasoning
+                else m
+                for m in turns
+            )
         return turns
 
     def _protected(self, messages: Sequence[Message], standins: dict[str, str]) -> list[dict[str, str]]:
@@ -165,18 +184,24 @@ class Encoder:
 
     def _knows_system(self) -> bool:
         """Whether the template shows a system turn; if not, its text goes before the first user turn."""
-        probe: list[dict[str, Any]] = [{"role": "system", "content": "\uf8ffsystem"}, {"role": "user", "content": "u"}]
-        try:
-            shown = "\uf8ffsystem" in self._render(probe, generate=True)
-        except DataError:
-            shown = False
-        if not shown:
+        known = self._shows("system", "user", "assistant")
+        if not known:
             self.notes.append("the chat template has no system role: a system prompt is put before the first user turn")
-        return shown
+        return known
+
+    def _shows(self, *roles: str, **last: str) -> bool:
+        """Whether the template shows every text of a conversation with these roles, and of fields of its last turn."""
+        probe = [{"role": role, "content": f"\uf8ff{role}"} for role in roles]
+        probe[-1] |= last
+        try:
+            rendered = self._render(probe)
+        except DataError:
+            return False
+        return all(text in rendered for turn in probe for key, text in turn.items() if key != "role")
 
     def _probe_ids(self) -> tuple[list[int], int]:
         """Ids of a short conversation with one answer, and where this answer begins."""
-        shown = self._protected(self._with_system(_PROBE[:3]), {})
+        shown = self._protected(self._fitted(_PROBE[:3]), {})
         prompt, text = self._render(shown[:-1], generate=True), self._render(shown)
         if not text.startswith(prompt):
             raise DataError(
@@ -224,6 +249,12 @@ class Encoder:
 
     def _name(self, token_id: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _cuts(rendered: str, openings: dict[int, str]) -> dict[int, int]:
+    """Where each answer begins in `rendered`. Earlier ones are cut there too, labelled or not: it is how they were
+    generated, and so a conversation's ids do not depend on which of its turns is looked at."""
+    return {turn: len(text) for turn, text in openings.items() if rendered.startswith(text)}
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:

@@ -46,7 +46,8 @@ class Encoded:
 class SafeTokenizer:
     """A fast tokenizer of transformers, and its twin that knows no control tokens.
 
-    `control_ids` are all special and added tokens but added white space (which is ordinary text in some vocabularies).
+    `control_ids` are all special and added tokens but the unknown word and added white space (which is ordinary text in some
+    vocabularies).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,9 +63,10 @@ class SafeTokenizer:
         vocabulary: dict[str, int] = self._full.get_vocab(with_added_tokens=False)
         kept = [t for t in spec["added_tokens"] if _is_text(t, vocabulary)]
         kept_ids = {t["id"] for t in kept}
-        self.control_ids = frozenset(i for i in added if i not in kept_ids)
+        # What a tokenizer gives for a character it does not know is no control token, though its name may be typed too.
+        self.control_ids = frozenset(i for i in added if i not in kept_ids) - {tokenizer.unk_token_id}
         self._plain = _without_control_tokens(spec, kept)
-        self._control = _pattern([t.content for i, t in added.items() if i in self.control_ids])
+        self._control = _pattern([t.content for i, t in added.items() if i not in kept_ids])
         # Tokens matched after normalisation (lower case, full width) cannot be found by looking at the raw text.
         normalized = [t for i, t in added.items() if i in self.control_ids and t.normalized]
         self._look_deeper = bool(normalized) and self._full.normalizer is not None
