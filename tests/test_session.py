@@ -118,7 +118,7 @@ def test_what_is_neither_run_nor_adapter_is_refused_with_what_would_be(made, tmp
         open_run(tmp_path / "runs" / "typo")
     with pytest.raises(ModelError, match="this is neither"):
         open_run(tmp_path, need_adapter=False)
-    with pytest.raises(ModelError, match="this is a base model: add --base"):
+    with pytest.raises(ModelError, match=r"this is a base model; .* with --base"):
         open_run(made / "base")
     with pytest.raises(ModelError, match="neither a folder nor a model"):
         open_run(tmp_path / "typo", need_adapter=False)
@@ -128,8 +128,28 @@ def test_a_base_that_is_gone_is_named(run, tmp_path):
     settings = json.loads((run / "config.yaml").read_text())
     settings["model"]["name_or_path"] = str(tmp_path / "gone")
     (run / "config.yaml").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=r"run: its base cannot be had: .*gone"):
+    with pytest.raises(ModelError, match=r"run: no base \(model in .*config\.yaml\): .*gone"):
         open_run(run)
+
+
+def test_a_plain_adapter_whose_base_is_not_here_says_where_its_name_stands(made, tmp_path):
+    adapter = save_adapter(tmp_path / "plain", made / "base")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for name, said in (("", "adapter_config.json: base_model_name_or_path is empty"), ("gone/", "no base .*: .*gone")):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        with pytest.raises(ModelError, match=said):
+            open_run(adapter)
+
+
+def test_the_base_of_an_adapter_is_of_the_revision_it_was_trained_on(made, run):
+    settings = json.loads((run / "config.yaml").read_text())
+    settings["model"]["name_or_path"] = "smollm2-135m-instruct"
+    (run / "config.yaml").write_text(json.dumps(settings))
+    adapter = run / "adapter" / "adapter_config.json"
+    adapter.write_text(json.dumps({**json.loads(adapter.read_text()), "revision": "0.0.9"}))
+    for need_adapter in (True, False):
+        with pytest.raises(ModelError, match=r"not 0\.0\.9"):
+            open_run(run, need_adapter=need_adapter)
 
 
 @pytest.mark.parametrize("content", ["{", '{"peft_type": "IA3"}', '{"peft_type": "LORA"}', "[]"])

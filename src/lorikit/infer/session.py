@@ -16,7 +16,7 @@ from lorikit.model import lora
 from lorikit.model.engine import Engine
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
 
-CONFIG = "config.yaml"
+CONFIG, ADAPTER, CHECKPOINT = "config.yaml", "adapter", "checkpoint-"
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # by the age of the model
 _NO_LIMIT = 2**31
 
@@ -39,6 +39,7 @@ class Session:
 @dataclass(frozen=True, slots=True)
 class _Found:
     config: RunConfig
+    origin: str = ""  # of the base's name
     adapter: Path | None = None
     tokenizer: Path | None = None  # None: the base's own
     notes: tuple[str, ...] = ()
@@ -61,7 +62,9 @@ def open_run(
     found = _find(str(path), need_adapter)
     adapter = found.adapter if need_adapter else None
     settings = found.config.model
-    revision = settings.revision or (lora.read_config(found.adapter).get("revision") if found.adapter else None)
+    revision = settings.revision
+    if revision is None and found.adapter and not Path(settings.name_or_path).exists():
+        revision = lora.read_config(found.adapter).get("revision")  # the commit that it was trained on
     overrides: dict[str, object] = {} if dtype == "auto" else {"dtype": dtype}
     if device != "auto":
         overrides |= {"device": device, "device_map": None}
@@ -69,7 +72,7 @@ def open_run(
     try:
         base = resolve_model(settings.name_or_path, revision, settings.hub)
     except ModelError as error:
-        what = "neither a folder nor a model" if settings.name_or_path == str(path) else "its base cannot be had"
+        what = "neither a folder nor a model" if settings.name_or_path == str(path) else f"no base ({found.origin})"
         raise ModelError(f"{path}: {what}: {error}") from None
     tokenizer = load_tokenizer(found.tokenizer or base.path, trust_remote_code=settings.trust_remote_code)
     encoder = Encoder(tokenizer, found.config.data, stop_ids(base.path))
@@ -89,48 +92,48 @@ def _find(path: str, need_adapter: bool) -> _Found:
     """Which adapter, if any, and which settings `path` stands for."""
     folder = Path(path)
     if (folder / CONFIG).is_file():
-        return _find_in_run(folder) if need_adapter else _Found(load_config(folder / CONFIG))
+        return _find_in_run(folder, need_adapter)
     if (folder / lora.CONFIG).is_file():
-        if (folder.parent / CONFIG).is_file():
-            damage = _damage(folder) if folder.name.startswith("checkpoint-") else None
+        is_checkpoint = folder.name.startswith(CHECKPOINT)
+        if (folder.parent / CONFIG).is_file() and (is_checkpoint or folder.name == ADAPTER):
+            damage = _damage(folder) if is_checkpoint else None
             if damage:
                 raise ModelError(f"{folder}: {damage}; take another checkpoint")
-            return _Found(load_config(folder.parent / CONFIG), folder)
-        base = lora.read_config(folder).get("base_model_name_or_path")
+            return _Found(load_config(folder.parent / CONFIG), f"model in {folder.parent / CONFIG}", folder)
+        base, origin = lora.read_config(folder).get("base_model_name_or_path"), folder / lora.CONFIG
         if not base:
-            raise ModelError(
-                f"{folder / lora.CONFIG}: base_model_name_or_path is empty; write the adapter's base there"
-            )
+            raise ModelError(f"{origin}: base_model_name_or_path is empty; write there which model it was trained on")
         own = folder if (folder / "tokenizer_config.json").is_file() else None
-        return _Found(_default_settings(base), folder, own)
+        return _Found(_default_settings(base), f"base_model_name_or_path in {origin}", folder, own)
     is_model = (folder / "config.json").is_file()
     if not need_adapter and (is_model or not folder.exists()):
         return _Found(_default_settings(path))
-    what = "a base model: add --base to talk to it as it is" if is_model else "neither"
+    what = "no such folder" if not folder.exists() else "this is a base model" if is_model else "this is neither"
     raise ModelError(
-        f"{folder}: {f'this is {what}' if folder.exists() else 'no such folder'}; a run folder holds {CONFIG}, the folder of "
-        f"an adapter {lora.CONFIG}"
+        f"{folder}: {what}; a run folder holds {CONFIG}, the folder of an adapter {lora.CONFIG}"
+        + ("" if not need_adapter else ", and with --base the name of a base model will do")
     )
 
 
-def _find_in_run(run: Path) -> _Found:
-    config = load_config(run / CONFIG)
-    if (run / "adapter").is_dir():
-        return _Found(config, run / "adapter")
-    passed_over: list[str] = []
-    checkpoints = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
-    for folder in sorted(checkpoints, key=lambda p: -int(p.name.removeprefix("checkpoint-"))):
+def _find_in_run(run: Path, need_adapter: bool) -> _Found:
+    config, origin = load_config(run / CONFIG), f"model in {run / CONFIG}"
+    if (run / ADAPTER).is_dir():
+        return _Found(config, origin, run / ADAPTER)
+    notes: list[str] = []
+    checkpoints = [p for p in run.glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdecimal()]
+    for folder in sorted(checkpoints, key=lambda p: -int(p.name.removeprefix(CHECKPOINT))):
         damage = _damage(folder)
         if damage is None:
-            notes = (*passed_over, f"{run} is not finished: this is its {folder.name}")
-            return _Found(config, folder, notes=notes)
-        passed_over.append(f"passed over {folder}: {damage}")
-    lines = [
-        *passed_over,
-        f"{run}: no adapter/ yet and no {'whole ' if passed_over else ''}checkpoint; give the command "
-        "that trains it once more, or add --base to talk to the base",
-    ]
-    raise ModelError("\n".join(lines))
+            notes.append(f"{run} is not finished: this is its {folder.name}")
+            return _Found(config, origin, folder, notes=tuple(notes) if need_adapter else ())
+        notes.append(f"passed over {folder}: {damage}")
+    if need_adapter:
+        notes.append(
+            f"{run}: no {ADAPTER}/ yet and no {'whole ' if notes else ''}checkpoint; give the command that trains it "
+            "once more, or add --base to talk to the base"
+        )
+        raise ModelError("\n".join(notes))
+    return _Found(config, origin)
 
 
 def _damage(checkpoint: Path) -> str | None:
