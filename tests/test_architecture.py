@@ -24,6 +24,7 @@ LAYERS = [
     ["lorikit.hub", "lorikit.hub_clients", "lorikit.bundled", "lorikit.model_files"],
     [
         "lorikit.data",
+        "lorikit.data.account",
         "lorikit.data.audit",
         "lorikit.data.documents",
         "lorikit.data.encode",
