@@ -40,7 +40,7 @@ from lorikit.model_files import check_model_folder, needed_data, needed_files
 
 Say = Callable[[str], None]
 _PREFIXES: dict[str, HubName] = {"ms": "modelscope", "hf": "huggingface"}
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SPARE = 2**28  # bytes left free beside a download, for the cache's own files
 
 
@@ -103,7 +103,7 @@ def _local(name: str) -> Path | None:
     """The path that `name` is, or None if a hub is to be asked; an error for what can be neither."""
     if re.match(r"(ms|hf):", name):
         return None
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for an unknown ~user
     try:
         if name and path.exists():
             return path
@@ -125,7 +125,8 @@ def _from_hubs(name: str, kind: Kind, revision: str | None, hub: str, say: Say) 
     prefix, colon, repo = name.partition(":")
     bare = not (colon and prefix in _PREFIXES)
     repo = name if bare else repo
-    if (kind == "model" and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo)) or not repo:
+    parts = repo.split("/")  # of a data set's ID there may follow a path in it; a few old models have no owner
+    if not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts[:2]) or (kind == "model" and len(parts) > 2):
         raise ModelError(f"{name}: no ID of a {kind}, which looks like owner/name")
     clients = _clients(hub if bare else _PREFIXES[prefix])
     if revision and COMMIT.fullmatch(revision):
@@ -175,8 +176,7 @@ def _from_hub(client: Client, kind: Kind, repo: str, revision: str | None, say: 
         folder = client.fetch(kind, note.repo, listing)
         if damage := _damage(folder, listing.files):
             _remove(folder, damage)
-            told = ", ".join(f"{name} {what}" for name, what in damage.items())
-            raise Refused(f"it sent other bytes than it lists: {told}; removed, try again")
+            raise Refused(f"it sent other bytes than it lists: {_told(damage)}; removed, try again")
     if kind == "model":
         check_model_folder(folder)
     note.keep(listing, folder, (listing.revision, revision or client.default_revision))
@@ -185,7 +185,7 @@ def _from_hub(client: Client, kind: Kind, repo: str, revision: str | None, say: 
 
 def _without_network(note: _Note, revision: str | None, away: str, say: Say) -> Resolved:
     """What is here: noted by us, or put there by the hub's own tools and whole as far as can be seen."""
-    if known := note.whole(revision or note.client.default_revision, say):
+    if known := note.whole(revision or note.client.default_revision, say, away):
         return known
     folder = note.client.cached(note.kind, note.repo, revision)
     if folder is None:
@@ -213,7 +213,7 @@ def _make_room(client: Client, folder: Path | None, listing: Listing, say: Say, 
     """Remove damaged copies, which some libraries would keep, and check that the rest fits on the disk."""
     damage = _damage(folder, listing.files) if folder else dict.fromkeys(listing.files, "missing")
     if folder and (wrong := {name: why for name, why in damage.items() if why != "missing"}):
-        say(f"{folder}: {', '.join(f'{name} {why}' for name, why in wrong.items())}; downloading again")
+        say(f"{folder}: {_told(wrong)}; downloading again")
         _remove(folder, wrong)
     partial = [folder / f"{name}.incomplete" for name in damage] if folder else []
     needed = sum(listing.files[name].size for name in damage) - sum(p.stat().st_size for p in partial if p.exists())
@@ -247,6 +247,10 @@ def _damage(folder: Path, files: Mapping[str, RemoteFile], seen: Mapping[str, in
     return problems
 
 
+def _told(damage: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {what}" for name, what in damage.items())
+
+
 def _remove(folder: Path, names: Mapping[str, str]) -> None:
     for name in names:
         (folder / name).resolve().unlink(missing_ok=True)  # what the link in the cache points to
@@ -269,8 +273,8 @@ class _Note:
     def inside(self) -> str:
         return "/".join(self.name.split("/")[2:]) if self.kind == "dataset" else ""
 
-    def whole(self, revision: str, say: Say) -> Resolved | None:
-        """The noted copy if it is all there and as it was listed."""
+    def whole(self, revision: str, say: Say, away: str | None = None) -> Resolved | None:
+        """The noted copy if it is all there and as it was listed; Refused if it is not and no new one can be had."""
         try:
             note = json.loads(self._file(revision).read_bytes())
             folder, commit = Path(note["folder"]), str(note["revision"])
@@ -281,7 +285,10 @@ class _Note:
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             return None  # never noted, or by another version
         if damage := _damage(folder, files, seen):
-            say(f"the copy in {folder} is not whole: {', '.join(f'{name} {why}' for name, why in damage.items())}")
+            told = f"the copy in {folder} is not whole: {_told(damage)}"
+            if away:
+                raise Refused(f"{told}; the hub cannot be reached ({away}) for another one")
+            say(told)
             return None
         return Resolved(_inside(folder, list(files), self.inside), self.name, self.client.name, commit)
 
