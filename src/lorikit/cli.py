@@ -99,8 +99,8 @@ def check(
         Show this row, as file:line, instead of the first ones.
     """
     from lorikit.config import load_config
-    from lorikit.data.audit import check as check_rows
     from lorikit.data.encode import Encoder
+    from lorikit.data.view import check as check_rows
     from lorikit.data.view import render
     from lorikit.hub import resolve_data, resolve_model
     from lorikit.model.load import load_tokenizer, stop_ids
