@@ -70,7 +70,7 @@ LAYERS = [
         "lorikit.train.storage",
         "lorikit.train.training",
     ],
-    ["lorikit.cli", "lorikit.doctor"],
+    ["lorikit.__main__", "lorikit.cli", "lorikit.doctor"],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 HEAVY = ["torch", "transformers", "peft", "numpy", "pyarrow", "modelscope", "huggingface_hub", "tokenizers"]
