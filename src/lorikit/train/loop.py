@@ -34,16 +34,14 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         # 2. Names become folders on this machine.
         base = resolve_model(config.model.name_or_path, config.model.revision, config.model.hub, report.say)
         signals.check()
-        names = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-        paths = [resolve_data(name, None, config.model.hub, report.say).path for name in names]
-        held_out_names = [config.eval.data] if config.eval.data else []
-        held_out_paths = [resolve_data(name, None, config.model.hub, report.say).path for name in held_out_names]
+        paths = _find_data(config, config.data.train, report)
+        held_out_paths = _find_data(config, config.eval.data, report) if config.eval.data else None
         signals.check()
 
         # 3. Rows become tokens, each accounted for.
         tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
         encoder = Encoder(tokenizer, config.data, stop_ids(base.path))
-        prepared = prepare(paths, held_out_paths or None, config, encoder)
+        prepared = prepare(paths, held_out_paths, config, encoder)
         signals.check()
 
         # 4. The base and its new adapter.
@@ -78,6 +76,11 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         # 6. The loop.
         training.run()
     return run
+
+
+def _find_data(config: RunConfig, names: str | list[str], report: Report) -> list[Path]:
+    names = [names] if isinstance(names, str) else names
+    return [resolve_data(name, hub=config.model.hub, report=report.say).path for name in names]
 
 
 def _summary(training: Training, rows: DataReport) -> Iterator[str]:

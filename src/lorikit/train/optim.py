@@ -22,7 +22,9 @@ from lorikit.data.values import IGNORE, Example
 from lorikit.errors import OutOfMemoryError
 from lorikit.model.engine import Engine
 
-_MAX_TOKENS, _MAX_TOKENS_CPU = 16384, 2048  # beyond this a larger forward is no faster, it only takes memory
+# Beyond these a larger forward is no faster, it only takes memory. On 2 cores SmolLM2-135M trains 128 tokens a CPU second
+# at 256 tokens in 1.8 GiB, 132 at 512 in 2.3 GiB and 89 at 2048 in 4.3 GiB.
+_MAX_TOKENS, _MAX_TOKENS_CPU = 16384, 256
 
 
 @dataclass(frozen=True, slots=True)
