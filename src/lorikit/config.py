@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -54,7 +54,7 @@ class ModelConfig(Group):
 class DataConfig(Group):
     """Which rows, and how they become tokens."""
 
-    train: Text | list[Text]
+    train: Text | Annotated[list[Text], Field(min_length=1)]
     """File, folder or hub data set (ms:ID, hf:ID), or a list of them."""
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
     """How a row is laid out; auto recognises it by its columns."""
@@ -243,7 +243,9 @@ def describe() -> str:
         lines.append(f"{group}:  # {of.annotation.__doc__}")
         for name, field in _fields(group).items():
             default = field.get_default(call_default_factory=True)
-            shown = "?" if field.is_required() else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+            shown = (
+                "<required>" if field.is_required() else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+            )
             lines += [f"  # {field.description}", f"  {name}: {shown}"]
     return "\n".join(lines) + "\n"
 
@@ -325,7 +327,18 @@ def _parse_flags(tokens: Sequence[str]) -> Iterator[tuple[str, Any]]:
         if not equals:
             takes_value = rest and not re.match(r"--[a-z]", rest[0])
             text = rest.pop(0) if takes_value else "true"
-        yield name, _parse_yaml(text, f"--{name}") if text else ""
+        plain = _takes_text(parts) and not text.startswith(("[", "{")) and text != "null"
+        yield name, text if plain else _parse_yaml(text, f"--{name}")
+
+
+def _takes_text(parts: Sequence[str]) -> bool:
+    """Whether a flag's value is text as it stands, so that "Answer briefly: in one line" is no YAML mapping."""
+    if len(parts) != 2 or parts[1] not in _fields(parts[0]):
+        return len(parts) > 2
+    kinds = [_fields(parts[0])[parts[1]].annotation]
+    while any(get_args(kind) for kind in kinds if get_origin(kind) is not Literal):
+        kinds = [inner for kind in kinds for inner in (get_args(kind) or (kind,)) if get_origin(kind) is not Literal]
+    return str in kinds
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

@@ -109,6 +109,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> Pe
     if isinstance(targets, list) and not any(str(t).rpartition(".")[2] in names for t in targets):
         raise ModelError(f"{folder}: adapts {', '.join(sorted(targets))}; the base has {', '.join(sorted(names))}")
     config = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = model.name_or_path  # where it is here; peft would warn
     config.inference_mode = not trainable
     config.init_lora_weights = False
     try:
