@@ -1,0 +1,114 @@
+"""Time the optimizer steps of one job with Lorikit's engine: LoRA r 8 on all seven linears of a saved model.
+
+    python benchmarks/train.py --model FOLDER --rows ids.json          rows: [[input_ids, prompt_length], ...]
+    python benchmarks/train.py --model FOLDER --long 4096 --batch 4    random rows, the second half labelled
+
+Prints one line of JSON: ms a step (median), real tokens/s, peak memory, loss and gradient norm. Fails when the loss is
+not finite or the gradient is zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import random
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from lorikit.config import load_config
+from lorikit.data.values import IGNORE, Example
+from lorikit.hub import Resolved
+from lorikit.model.load import load_engine
+from lorikit.train.metrics import peak_memory
+from lorikit.train.optim import Budget, compute_gradient, derived_seed, make_optimizer
+
+
+def main() -> None:
+    arguments = parse()
+    begun = time.perf_counter()
+    config = load_config(
+        model={"name_or_path": str(arguments.model), "dtype": arguments.dtype},
+        data={"train": "none"},
+        lora={"r": 8, "lora_alpha": 32, "lora_dropout": arguments.dropout},
+        train={"output_dir": "none", "gradient_checkpointing": arguments.checkpointing, "seed": 0},
+    )
+    base = Resolved(arguments.model, "benchmark", "path", None)
+    engine = load_engine(
+        config.model, base, new_adapter=config.lora, gradient_checkpointing=arguments.checkpointing, seed=0
+    )
+    loaded = time.perf_counter() - begun
+    optimizer = make_optimizer(engine, config.train)
+    budget = Budget(arguments.max_tokens, engine.device.type, print)
+    rows = make_rows(arguments, arguments.batch * (arguments.steps + 2))
+    engine.train()
+    seconds, tokens = [], []
+    for step in range(arguments.steps + 2):  # the first two find their kernels
+        examples = rows[step * arguments.batch : (step + 1) * arguments.batch]
+        started = time.perf_counter()
+        gradient = compute_gradient(
+            engine, examples, budget, dropout_seed=derived_seed(0, "dropout", step), max_norm=1.0
+        )
+        optimizer.step()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        tokens.append(gradient.num_tokens)
+        assert math.isfinite(gradient.loss_sum), "the loss is not finite"
+        assert gradient.norm > 0, "there is no gradient: the figure would be worthless"
+    step_seconds = median(seconds[2:])
+    result = {
+        "engine": engine.name,
+        "isolation": engine.isolation,
+        "job": f"rows of {arguments.long}" if arguments.long else "tutorial",
+        "rows_per_step": arguments.batch,
+        "checkpointing": arguments.checkpointing,
+        "dropout": arguments.dropout,
+        "ms_per_step": round(step_seconds * 1000, 1),
+        "tokens_per_second": round(sum(tokens[2:]) / sum(seconds[2:])),
+        "peak_gib": round(peak_memory(engine.device) / 2**30, 2),
+        "loss": round(gradient.loss_sum / gradient.num_targets, 4),
+        "grad_norm": round(gradient.norm, 4),
+        "load_seconds": round(loaded, 1),
+        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else platform.processor(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+    print(json.dumps(result))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--long", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16, help="rows of an optimizer step")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--max-tokens", type=int, default=0, help="tokens of one forward; 0 lets the memory decide")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dtype", default="auto")
+    arguments = parser.parse_args()
+    if bool(arguments.rows) == bool(arguments.long):
+        parser.error("give either --rows FILE or --long TOKENS")
+    return arguments
+
+
+def make_rows(arguments: argparse.Namespace, count: int) -> list[Example]:
+    rng = random.Random(0)
+    if arguments.long:
+        ids = [[rng.randrange(1000, 100000) for _ in range(arguments.long)] for _ in range(count)]
+        pairs = [(row, arguments.long // 2) for row in ids]
+    else:
+        pairs = json.loads(arguments.rows.read_text())
+        rng.shuffle(pairs)
+        pairs = pairs[:count]
+    return [Example(ids, [IGNORE] * cut + ids[cut:], f"row:{k}") for k, (ids, cut) in enumerate(pairs)]
+
+
+if __name__ == "__main__":
+    main()
