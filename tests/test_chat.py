@@ -134,7 +134,3 @@ def test_bytes_that_are_no_text_do_not_end_the_chat(session, monkeypatch, capsys
 def test_impossible_sampling_is_refused_before_the_first_question(session, say):
     with pytest.raises(ConfigError, match="temperature"):
         say(session, "hello", sampling=Sampling(temperature=-1))
-
-
-def test_what_was_found_otherwise_than_expected_is_said_first(session, say):
-    assert say(replace(session, notes=("from a checkpoint",)), "/exit").err.startswith("from a checkpoint\n")

@@ -357,4 +357,7 @@ def _sampling(
 def _open(run: str, device: str, base: bool) -> Session:
     from lorikit.infer.session import open_run
 
-    return open_run(run, device=device, need_adapter=not base)
+    session = open_run(run, device=device, need_adapter=not base)
+    for note in session.notes:
+        print(note, file=sys.stderr)
+    return session

@@ -1,10 +1,12 @@
 """The chat as a user meets it: a process of its own, once at the end of a pipe and once on a terminal."""
 
+import hashlib
 import json
 import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -107,6 +109,16 @@ def test_a_piped_chat_ends_with_the_code_of_its_error(folder):
         assert said in done.stderr.decode()
         assert "Traceback" not in done.stderr.decode()
     assert pipe("chat", folder / "typo").returncode == 4
+
+
+def test_an_unfinished_run_says_from_which_checkpoint_it_answers(folder, tmp_path):
+    checkpoint = shutil.copytree(folder / "run", tmp_path / "run") / "checkpoint-7"
+    (tmp_path / "run" / "adapter").rename(checkpoint)
+    files = {file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in checkpoint.iterdir()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
+    done = pipe("generate", tmp_path / "run", "--prompt", "hello", "--max-new-tokens", "3", "--json")
+    assert "this is its checkpoint-7" in done.stderr.decode()
+    assert json.loads(done.stdout)[0]["tokens"] == 3
 
 
 def test_a_piped_chat_takes_bytes_that_are_no_text_and_a_reader_that_leaves(folder):

@@ -62,8 +62,6 @@ class _Chat:
 
     def run(self) -> None:
         """Read and answer, line by line, until /exit or the end of the input."""
-        for note in self.session.notes:
-            self.say(note)
         if self.terminal:
             import readline  # arrow keys and what was typed before, in input()
 
