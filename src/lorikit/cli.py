@@ -6,9 +6,11 @@ Results go to stdout, everything else to stderr. With --json stdout holds one JS
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +66,7 @@ def download(
 
     if hub not in ("auto", "modelscope", "huggingface"):
         raise ConfigError(f"--hub is {hub!r}: auto, modelscope or huggingface")
-    found = (resolve_data if data else resolve_model)(name, revision=revision, hub=hub)  # type: ignore[arg-type]
+    found = (resolve_data if data else resolve_model)(name, revision=revision, hub=hub)
     if as_json:
         _print_json({"name": found.name, "path": str(found.path), "hub": found.hub, "revision": found.revision})
     else:
@@ -293,6 +295,11 @@ def doctor(run: Path | None = None, /, *, as_json: Json = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code. Errors of users go to stderr without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries among themselves; nothing a user can act on
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows \\u4f60, not a traceback
     code = 1
     try:
         app(

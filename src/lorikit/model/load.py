@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,9 +84,12 @@ def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:
     """The frozen base model in its type on its device."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(base.path),
