@@ -105,6 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
     # Hugging Face
 
     def _hugging_face_api(self, path: str) -> None:
+        if path.count("/") < 2:
+            self._json({"error": "not found"}, 404)
+            return
         kind, owner, name, *rest = path.split("/")
         repo = self.hub.repos.get(f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}")
         if repo is None:  # without a token the real one says 401, so that private names do not show

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -124,6 +128,24 @@ def test_only_the_files_that_a_model_needs_are_downloaded_at_a_commit(machine, h
 
 
 @pytest.mark.parametrize("prefix", HUBS)
+def test_on_a_terminal_the_librarys_bars_are_shown(machine, hub, prefix):
+    hub.add("own/tiny", model_files(), BRANCH[prefix])
+    terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    command = [sys.executable, "-m", "lorikit", "download", f"{prefix}:own/tiny"]
+    environment = machine.point(prefix, hub).environment
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=side)
+    os.close(side)
+    shown = b""
+    try:
+        while piece := os.read(terminal, 2**16):
+            shown += piece
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    assert process.wait() == 0 and b"/6 [" in shown, shown
+
+
+@pytest.mark.parametrize("prefix", HUBS)
 def test_a_second_call_downloads_nothing_and_a_commit_asks_nothing(machine, hub, prefix):
     commit = hub.add("own/tiny", model_files(), BRANCH[prefix])
     first = machine.point(prefix, hub).download(f"{prefix}:own/tiny")
@@ -134,6 +156,19 @@ def test_a_second_call_downloads_nothing_and_a_commit_asks_nothing(machine, hub,
     hub.log.clear()
     assert machine.download(f"{prefix}:own/tiny", "--revision", commit)["path"] == first["path"]
     assert hub.log == []
+
+
+@pytest.mark.parametrize("prefix", HUBS)
+def test_a_copy_that_an_older_version_took_with_fewer_files_is_completed(machine, hub, prefix):
+    commit = hub.add("own/tiny", model_files(), BRANCH[prefix])
+    folder = Path(machine.point(prefix, hub).download(f"{prefix}:own/tiny")["path"])
+    (folder / "modeling_own.py").unlink()
+    for note in machine.home.glob("lorikit/hub/**/*.json"):
+        old = json.loads(note.read_text())
+        del old["files"]["modeling_own.py"]
+        note.write_text(json.dumps(old))
+    found = machine.download(f"{prefix}:own/tiny")
+    assert (found["revision"], files_of(found)) == (commit, NEEDED)
 
 
 @pytest.mark.parametrize("prefix", HUBS)
@@ -388,6 +423,14 @@ def test_a_data_set_gives_its_data_files_or_the_one_that_is_named(machine, hub, 
     assert Path(one["path"]).read_bytes() == b"{}\n" and one["path"].endswith("data/train.jsonl")
     text = machine.refused(f"{prefix}:own/rows/none.json", "--data", code=DataError.exit_code)
     assert "no data file called none.json" in text and "data/train.jsonl" in text
+
+
+def test_part_of_a_data_set_is_not_taken_for_the_whole_without_network(machine, hub):
+    hub.add("datasets/own/rows", {"a.jsonl": b"{}\n", "b.jsonl": b"{}\n"})
+    part = machine.point("hf", hub).download("own/rows/a.jsonl", "--data")
+    machine.environment["HF_HUB_OFFLINE"] = "1"
+    assert machine.download("own/rows/a.jsonl", "--data")["path"] == part["path"]
+    assert "no copy is in" in machine.refused("own/rows", "--data")
 
 
 def test_a_data_set_with_a_single_file_is_that_file(machine, hub):

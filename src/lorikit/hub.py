@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -198,7 +198,7 @@ def _from_hub(client: Client, kind: Kind, repo: str, revision: str | None, say: 
     listing = client.listing(kind, note.repo, revision)
     names = _needed(kind, list(listing.files), repo, note.inside)
     listing = Listing(listing.revision, {name: listing.files[name] for name in names})
-    if known := note.whole(listing.revision, say):
+    if known := note.whole(listing.revision, say, names=names):
         note.keep(listing, known.path, (revision or client.default_revision,))
         return known
     folder = client.cached(kind, note.repo, listing.revision)
@@ -221,15 +221,13 @@ def _without_network(note: _Note, revision: str | None, away: str, say: Say) -> 
     """What is here: noted by us, or put there by the hub's own tools and whole as far as can be seen."""
     if known := note.whole(revision or note.client.default_revision, say, away):
         return known
-    folder = note.client.cached(note.kind, note.repo, revision)
+    # Of data sets a copy by another tool may lack files, and nothing in it would show that.
+    folder = note.client.cached("model", note.repo, revision) if note.kind == "model" else None
     if folder is None:
         raise Refused(f"cannot be reached ({away}), and no copy is in {note.client.root()}")
-    if note.kind == "model":
-        check_model_folder(folder)
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    names = _needed(note.kind, names, str(folder), note.inside)
+    check_model_folder(folder)
     commit = folder.name if COMMIT.fullmatch(folder.name) else revision
-    return Resolved(_inside(folder, names, note.inside), note.name, note.client.name, commit)
+    return Resolved(folder, note.name, note.client.name, commit)
 
 
 def _needed(kind: Kind, names: list[str], what: str, inside: str) -> list[str]:
@@ -307,15 +305,15 @@ class _Note:
     def inside(self) -> str:
         return "/".join(self.name.split("/")[2:]) if self.kind == "dataset" else ""
 
-    def whole(self, revision: str, say: Say, away: str | None = None) -> Resolved | None:
-        """The noted copy if it is all there and as it was listed; Refused if it is not and no new one can be had."""
+    def whole(self, revision: str, say: Say, away: str | None = None, names: Sequence[str] = ()) -> Resolved | None:
+        """The noted copy, if it has all `names` and is as it was listed; Refused if not and no new one can be had."""
         try:
             note = json.loads(self._file(revision).read_bytes())
             folder, commit = Path(note["folder"]), str(note["revision"])
             files = {str(k): RemoteFile(int(v[0]), v[1]) for k, v in note["files"].items()}
             seen = {str(k): int(v[2]) for k, v in note["files"].items()}
-            if note["root"] != str(self.client.root()):  # the library's cache was moved
-                return None
+            if note["root"] != str(self.client.root()) or not set(names) <= set(files):
+                return None  # the library's cache was moved, or another version took fewer files
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             return None  # never noted, or by another version
         if damage := _damage(folder, files, seen):
