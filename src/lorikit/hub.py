@@ -170,11 +170,13 @@ def _from_hubs(name: str, kind: Kind, revision: str | None, hub: str, say: Say) 
     refusals = []
     for client in clients:
         try:
-            return _from_hub(client, kind, repo, revision, say)
+            found = _from_hub(client, kind, repo, revision, say)
         except Refused as reason:
             refusals.append(f"{client.name} ({endpoint(client.name)}): {reason}")
-            if client is not clients[-1]:
-                say(f"{repo} not from {refusals[-1]}; asking the other hub")
+            continue
+        for refusal in refusals:
+            say(f"{repo} is from {found.hub}, not from {refusal}")
+        return found
     here = f"; no file or folder {name} here either" if repo == name else ""
     raise ModelError(f"{repo} cannot be had. " + "; ".join(refusals) + here)
 

@@ -99,7 +99,8 @@ def unreachable(hub: HubName, timeout: float = 4.0) -> str | None:
         except urllib.error.HTTPError:
             found.append(None)
         except (OSError, ValueError) as error:
-            found.append(str(getattr(error, "reason", error)))
+            reason = getattr(error, "reason", error)
+            found.append(str(getattr(reason, "strerror", None) or reason))
         else:
             found.append(None)
 
