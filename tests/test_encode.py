@@ -6,13 +6,13 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chat_templates import build, byte_level, tokenizers
 from lorikit.config import DataConfig
 from lorikit.data.encode import Encoder
-from lorikit.data.values import IGNORE, Conversation, Message
+from lorikit.data.values import IGNORE, Conversation, Message, answer_message
 from lorikit.errors import ConfigError, DataError, ModelError
 
 KINDS = sorted(tokenizers())
@@ -354,3 +354,37 @@ def test_reasoning_is_not_lost_where_the_template_does_not_know_it():
     made = encoder("llama3")
     example = made.encode(row)[0]
     assert "<think>\nwhy\n</think>\n\nb" in made.decode([i for i in example.labels if i != IGNORE])
+
+
+def test_thoughts_are_shown_in_an_answer_and_special_tokens_are_not():
+    tokenizer = tokenizers()["qwen3"]
+    ids = tokenizer("<think>\nwhy\n</think>\n\nb<|im_end|>", add_special_tokens=False)["input_ids"]
+    text = encoder("qwen3").decode(ids)
+    assert text == "<think>\nwhy\n</think>\n\nb"
+    assert answer_message(text) == Message("assistant", "b", reasoning="why")
+
+
+def test_characters_without_a_token_are_named():
+    spelled = Tokenizer(models.BPE(vocab={c: k for k, c in enumerate("abcÃ©")}, merges=[]))
+    spelled.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelled.decoder = decoders.ByteLevel()
+    spelled.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    made = Encoder(
+        PreTrainedTokenizerFast(
+            tokenizer_object=spelled, eos_token="<|im_end|>", chat_template=tokenizers()["chatml"].chat_template
+        ),
+        DataConfig(train="x"),
+    )
+    assert made.lost([Message("user", "a你b z"), Message("assistant", "zé")]) == "你z"
+    for kind in KINDS:
+        assert encoder(kind).lost([Message("user", "a你b\n\t🙂 \ufffd")]) == ""
+
+
+def test_the_saved_tokenizer_renders_with_the_template_of_the_run(tmp_path):
+    (tmp_path / "own.jinja").write_text(tokenizers()["chatml"].chat_template.replace("helpful", "brief"))
+    made = Encoder(tokenizers()["chatml"], DataConfig(train="x", template=str(tmp_path / "own.jinja")))
+    made.save_tokenizer(tmp_path / "saved")
+    again = Encoder(AutoTokenizer.from_pretrained(tmp_path / "saved"), DataConfig(train="x"))
+    question = [Message("user", "hi")]
+    assert again.prompt_ids(question) == made.prompt_ids(question) != encoder("chatml").prompt_ids(question)
+    assert "helpful" in tokenizers()["chatml"].chat_template

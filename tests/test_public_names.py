@@ -8,7 +8,7 @@ import pytest
 
 import lorikit
 
-NAMES = ["__version__", "LorikitError", "RunConfig", "load_config"]
+NAMES = ["LorikitError", "RunConfig", "__version__", "load_config"]
 
 
 def test_the_public_names_are_exactly_these():

@@ -13,7 +13,7 @@ _HOME = {
     "LorikitError": "lorikit.errors",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = ["LorikitError", "RunConfig", "__version__", "load_config"]
 
 
 def __getattr__(name: str) -> Any:

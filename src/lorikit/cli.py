@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 
 from lorikit import __version__
-from lorikit.errors import ConfigError, DiskError, LorikitError, OutOfMemoryError
+from lorikit.errors import ConfigError, DiskError, LorikitError, ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from lorikit.infer.session import Session
@@ -290,6 +290,8 @@ def doctor(run: Path | None = None, /, *, as_json: Json = False) -> None:
         _print_json(report.to_dict())
     else:
         render(report)
+    if report.problems:
+        raise SystemExit(ModelError.exit_code)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -84,7 +84,8 @@ class DataReport:
     """The account of one data set; every row is in exactly one of the counts, and every list is complete.
 
     `lengths` has all rows that could be encoded, those over max_length too. `leaks` are rows of eval.data whose prompt
-    is also trained. `control_text` names rows that spell a control token, which stays text. `refusals` says why
+    is also trained. `control_text` names rows that spell a control token, which stays text,
+    `lost_text` rows with characters that the tokenizer has no tokens for. `refusals` says why
     training would stop at this data, and is empty if it would not. `fingerprint` is a sha256 over all ids and labels.
     """
 
@@ -97,6 +98,7 @@ class DataReport:
     truncated: list[Reject]
     leaks: list[SameAs]
     control_text: list[str]
+    lost_text: list[Reject]
     train_tokens: Tokens
     held_out_tokens: Tokens
     lengths: Lengths | None
@@ -150,6 +152,7 @@ class DataReport:
             "duplicates": [asdict(pair) for pair in self.duplicates],
             "leaks": [asdict(pair) for pair in self.leaks],
             "control_text": self.control_text,
+            "lost_text": _plain(self.lost_text),
             "held_out_rows": self.held_out,
         }
 

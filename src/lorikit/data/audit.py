@@ -112,6 +112,7 @@ def audit(
         truncated=[reject for side in sides for reject in side.truncated],
         leaks=_leaks(trained, held_out) if data.eval else [],
         control_text=_control_text([*trained, *held_out], encoder),
+        lost_text=_lost_text([*trained, *held_out], encoder),
         train_tokens=count_tokens(train_examples),
         held_out_tokens=count_tokens(held_out_examples),
         lengths=measure((length for side in sides for length in side.lengths), config.max_length),
@@ -300,6 +301,12 @@ def _control_text(rows: Iterable[_Row], encoder: Encoder) -> list[str]:
         for row in rows
     )
     return [source for source, parts in texts if any(text and search(text) for text in parts)]
+
+
+def _lost_text(rows: Iterable[_Row], encoder: Encoder) -> list[Reject]:
+    """Rows with characters that the tokenizer cannot spell, and which."""
+    lost = ((row.source, encoder.lost(row.conversation.messages)) for row in rows)
+    return [Reject(source, ", ".join(f"U+{ord(char):04X}" for char in chars)) for source, chars in lost if chars]
 
 
 def _describe(file: Path, used_for: Literal["train", "eval"]) -> DataFile:

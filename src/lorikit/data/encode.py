@@ -13,6 +13,7 @@ becomes an Example of its own, in the form in which it is generated.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,8 @@ class Encoder:
 
     `model_stop_ids` are the ids at which the model's generation config stops. `stop_ids` adds the tokenizer's EOS and the
     token with which the template ends an answer: generation stops at all of them. `control_ids` are the tokens that
-    text can never become. `notes` says in plain words what the template made necessary.
+    text can never become, `silent_ids` those of them that answers do not show. `notes` says in plain words what the
+    template made necessary.
 
     Raises ConfigError when the tokenizer has no chat template or the settings do not fit it, DataError when the template
     cannot be trained as it is (BOS, stop token).
@@ -55,7 +57,7 @@ class Encoder:
         self.config = config
         self.notes: list[str] = []
         self._safe = SafeTokenizer(tokenizer)
-        self.control_ids = self._safe.control_ids
+        self.control_ids, self.silent_ids = self._safe.control_ids, self._safe.silent_ids
         self._template = _template_text(tokenizer, config)
         self._folds_system, self._folds_reasoning = False, False
         self._folds_system = not self._knows_system()
@@ -106,12 +108,22 @@ class Encoder:
         return self._safe.encode(rendered, standins, [*cuts.values(), len(rendered)]).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without control tokens."""
+        """Text of ids, without special tokens. Added ones that are not special, such as <think>, are part of it."""
         text = self.tokenizer.decode(
-            [i for i in ids if i not in self.control_ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            [i for i in ids if i not in self.silent_ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
         return text
+
+    def lost(self, messages: Sequence[Message]) -> str:
+        """The characters of a conversation that the tokenizer cannot spell and that would be gone in its tokens."""
+        return self._safe.lost("".join(part for m in messages for part in (m.content, m.reasoning or "")))
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """The tokenizer with the chat template of this run, so that whoever loads it renders the same text."""
+        saved = copy.deepcopy(self.tokenizer)
+        saved.chat_template = self._template
+        saved.save_pretrained(str(folder))
 
     def _openings(self, shown: list[dict[str, str]]) -> dict[int, str]:
         """For each assistant turn the text from which it would be generated."""

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from lorikit.config import DataConfig
 from lorikit.data.lines import MAX_ROW_CHARS, RowError
-from lorikit.data.values import Conversation, Message, Role
+from lorikit.data.values import Conversation, Message, Role, answer_message
 from lorikit.errors import ConfigError
 
 _FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -230,12 +230,10 @@ def _assistant(where: str, content: Any, name: str | None = None, reasoning: Any
     """An answer. What it says between <think> and </think> at its very beginning is its reasoning."""
     text = _text(where, content)
     thought = None if reasoning is None else _text(f"{where}, reasoning_content", reasoning)
-    if text.startswith("<think>") and "</think>" in text:
-        if thought is not None:
-            raise RowError(f"{where}: the reasoning stands twice, in reasoning_content and in <think>")
-        thought, _, text = text.removeprefix("<think>").partition("</think>")
-        thought, text = thought.strip("\r\n"), text.lstrip("\r\n")
-    return Message("assistant", _filled(where, text), name, thought)
+    found = answer_message(text)
+    if found.reasoning is not None and thought is not None:
+        raise RowError(f"{where}: the reasoning stands twice, in reasoning_content and in <think>")
+    return Message("assistant", _filled(where, found.content), name, found.reasoning if thought is None else thought)
 
 
 def _check_order(messages: list[Message]) -> None:

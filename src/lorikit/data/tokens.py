@@ -47,7 +47,7 @@ class SafeTokenizer:
     """A fast tokenizer of transformers, and its twin that knows no control tokens.
 
     `control_ids` are all special and added tokens but the unknown word and added white space (which is ordinary text in some
-    vocabularies).
+    vocabularies). `silent_ids` are those of them that are not shown in an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -63,13 +63,16 @@ class SafeTokenizer:
         vocabulary: dict[str, int] = self._full.get_vocab(with_added_tokens=False)
         kept = [t for t in spec["added_tokens"] if _is_text(t, vocabulary)]
         kept_ids = {t["id"] for t in kept}
+        self._unknown = tokenizer.unk_token_id
         # What a tokenizer gives for a character it does not know is no control token, though its name may be typed too.
-        self.control_ids = frozenset(i for i in added if i not in kept_ids) - {tokenizer.unk_token_id}
+        self.control_ids = frozenset(i for i in added if i not in kept_ids) - {self._unknown}
         self._plain = _without_control_tokens(spec, kept)
         self._control = _pattern([t.content for i, t in added.items() if i not in kept_ids])
         # Tokens matched after normalisation (lower case, full width) cannot be found by looking at the raw text.
         normalized = [t for i, t in added.items() if i in self.control_ids and t.normalized]
         self._look_deeper = bool(normalized) and self._full.normalizer is not None
+        self.silent_ids = frozenset(i for i in self.control_ids if added[i].special)
+        self._spelled: dict[str, bool] = {}
         self._cache: dict[str, list[int]] = {}
 
     def protect(self, text: str, standins: dict[str, str], avoid: str) -> str:
@@ -105,6 +108,15 @@ class SafeTokenizer:
             for start, end in reversed(hits):
                 text = text[:start] + replace(text[start:end]) + text[end:]
         return text
+
+    def lost(self, text: str) -> str:
+        """The characters of `text` that the tokenizer cannot spell: they would be gone, or unknown, in its tokens."""
+        for char in set(text) - self._spelled.keys():
+            ids = self._plain.encode(char, add_special_tokens=False).ids
+            shown = self._plain.decode(ids, skip_special_tokens=False)
+            readable = bool(shown.strip()) and "\ufffd" not in shown
+            self._spelled[char] = not char.strip() or char == "\ufffd" or (readable and self._unknown not in ids)
+        return "".join(char for char in dict.fromkeys(text) if not self._spelled[char])
 
     def encode(self, rendered: str, standins: dict[str, str], cuts: Sequence[int] = ()) -> Encoded:
         """Token ids of a rendered template, and how many of them lie before each cut (a character position in it).

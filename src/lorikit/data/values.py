@@ -27,6 +27,14 @@ class Message:
     reasoning: str | None = None
 
 
+def answer_message(text: str) -> Message:
+    """An assistant turn; what it says between <think> and </think> at its very beginning is its reasoning."""
+    if not text.startswith("<think>") or "</think>" not in text:
+        return Message("assistant", text)
+    thought, _, rest = text.removeprefix("<think>").partition("</think>")
+    return Message("assistant", rest.lstrip("\r\n"), reasoning=thought.strip("\r\n"))
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One row of the data: an optional system turn, then user and assistant turns by turns, the assistant last.

@@ -269,6 +269,7 @@ def _lists(report: DataReport) -> Iterator[Text]:
         (f"{pair.source} asks what {pair.of} asks" for pair in report.leaks),
     )
     yield from _some("rows that spell a control token, kept as plain text", report.control_text)
+    yield from _some("rows with characters the tokenizer has no tokens for: they are lost", map(str, report.lost_text))
 
 
 def _some(title: str, lines: Iterable[str]) -> Iterator[Text]:

@@ -11,7 +11,7 @@ from contextlib import closing, nullcontext
 
 from rich.console import Console
 
-from lorikit.data.values import Message
+from lorikit.data.values import Message, answer_message
 from lorikit.errors import ConfigError, LorikitError
 from lorikit.infer.generate import check_sampling, stream
 from lorikit.infer.session import Session
@@ -135,7 +135,7 @@ class _Chat:
             ended = ", stopped"
         self.write("\n")
         if reply.text:
-            self.history += [asked, Message("assistant", reply.text)]
+            self.history += [asked, answer_message(reply.text)]
         if reply.finish == "length":
             ended = (
                 f", cut: --max-new-tokens is {self.sampling.max_new_tokens}, the model takes {self.session.max_length}"

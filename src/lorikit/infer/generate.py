@@ -135,8 +135,8 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """The text that `token_id` completes, often none."""
         name = self._encoder.tokenizer.convert_ids_to_tokens(token_id)
-        if not isinstance(name, str) or token_id in self._encoder.control_ids:
-            return ""  # has no text: a row of the embedding without a token, or a control token
+        if not isinstance(name, str) or token_id in self._encoder.silent_ids:
+            return ""  # has no text: a row of the embedding without a token, or a special token
         self._ids.append(token_id)
         if _BYTE_TOKEN.fullmatch(name):
             return ""

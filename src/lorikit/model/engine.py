@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,6 +86,6 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
-    ) -> Iterator[Token]:
+    ) -> Generator[Token]:
         """Tokens as they come, each naming its prompt; ends when every prompt has a Token with `finish` set."""
         ...

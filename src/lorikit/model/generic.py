@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,7 @@ class GenericEngine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
-    ) -> Iterator[Token]:
+    ) -> Generator[Token]:
         """Tokens as they come, each naming its prompt; ends when every prompt has a Token with `finish` set.
 
         transformers' own generate on left-padded batches. Closing the iterator stops the generation.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 
 from lorikit.data.encode import Encoder
 from lorikit.data.pack import pack
@@ -50,7 +50,6 @@ def answers(
             if token.finish != "stop":
                 texts[token.prompt].append(token.id)
     finally:
-        if isinstance(tokens, Generator):
-            tokens.close()  # after an interruption, end the generation now and not when the exception is forgotten
+        tokens.close()  # after an interruption, end the generation now and not when the exception is forgotten
         engine.train(True)
     return [{"prompt": prompt, "answer": encoder.decode(text)} for prompt, text in zip(prompts, texts, strict=True)]

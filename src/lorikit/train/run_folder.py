@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
 import sys
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lorikit.config import RunConfig, dump_config, load_config
 from lorikit.data.account import DataReport
 from lorikit.data.read import rejects_jsonl
-from lorikit.data.values import Example
 from lorikit.errors import ConfigError
 from lorikit.train.checkpoint import checkpoints
 from lorikit.train.storage import STAGING, disk_errors, remove_staged, write_file
@@ -94,18 +91,6 @@ def write_data_report(run: Path, report: DataReport) -> None:
     write_file(run / "data_report.json", json.dumps(report.to_dict(), ensure_ascii=False, indent=1).encode() + b"\n")
     if report.rejects:
         write_file(run / "rejects.jsonl", rejects_jsonl(report.rejects))
-
-
-def data_digest(parts: Iterable[Iterable[Example]]) -> str:
-    """sha256 over the tokens and labels of all rows, in order; where the rows came from does not matter."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(b"part")
-        for example in part:
-            digest.update(len(example.input_ids).to_bytes(8, "little"))
-            digest.update(array("q", example.input_ids).tobytes())
-            digest.update(array("q", example.labels).tobytes())
-    return digest.hexdigest()
 
 
 def environment() -> dict[str, object]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorikit.config import RunConfig
+from lorikit.data.audit import fingerprint
 from lorikit.data.encode import Encoder
 from lorikit.data.values import Example
 from lorikit.errors import DataError, DivergedError, Interrupted, ModelError, OutOfMemoryError
@@ -25,7 +26,7 @@ from lorikit.train.evaluate import answers, held_out_loss
 from lorikit.train.metrics import MetricsFile, Record, numbers_of, open_trackers, peak_memory
 from lorikit.train.optim import Budget, compute_gradient, derived_seed, is_out_of_memory, make_optimizer, plan_steps
 from lorikit.train.progress import Report
-from lorikit.train.run_folder import ADAPTER_FOLDER, data_digest, write_config
+from lorikit.train.run_folder import ADAPTER_FOLDER, write_config
 from lorikit.train.signals import Signals
 from lorikit.train.storage import new_folder
 
@@ -70,7 +71,7 @@ class Training:
 
         Raises DataError for other rows than it was begun with, ModelError for another revision of the base.
         """
-        digest = data_digest((self.rows, self.held_out))
+        digest = fingerprint(self.rows, self.held_out)
         newest = checkpoint.newest(self.run_folder, self.report.say)
         if newest is None:
             self.state = State(data_sha256=digest, base_revision=self.base_revision)
@@ -246,7 +247,7 @@ class Training:
         with new_folder(self.run_folder / ADAPTER_FOLDER) as staged:
             self._save_adapter(staged)
             if self.encoder:
-                self.encoder.tokenizer.save_pretrained(staged)
+                self.encoder.save_tokenizer(staged)
         which = f"of step {best}, which has the lowest held-out loss" if best is not None else "of the last step"
         self.report.say(f"wrote {self.run_folder / ADAPTER_FOLDER}, {which}")
 
