@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,62 @@ app = App(
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON document on stdout.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Answering:
+    """How answers are chosen, for chat and generate.
+
+    Parameters
+    ----------
+    greedy
+        Always the likeliest token: temperature 0, no repetition penalty.
+    max_new_tokens
+        Longest answer.
+    temperature
+        0 is greedy; higher is more varied.
+    top_p
+        Choose among the likeliest tokens that together have this probability.
+    repetition_penalty
+        Above 1 avoids words that were said.
+    seed
+        Makes sampled answers repeatable.
+    base
+        Without the adapter: of a run, or of a base model.
+    device
+        auto, cpu, cuda, cuda:N or mps.
+    """
+
+    greedy: Annotated[bool, Parameter(negative="")] = False
+    max_new_tokens: int = 512
+    temperature: float = 0.5
+    top_p: float = 0.9
+    repetition_penalty: float = 1.1
+    seed: int | None = None
+    base: Annotated[bool, Parameter(negative="")] = False
+    device: str = "auto"
+
+    def sampling(self) -> Sampling:
+        """The same as the engine takes it."""
+        from lorikit.model.engine import Sampling
+
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=0.0 if self.greedy else self.temperature,
+            top_p=self.top_p,
+            repetition_penalty=1.0 if self.greedy else self.repetition_penalty,
+            seed=self.seed,
+        )
+
+    def open(self, run: str) -> Session:
+        """The engine and encoder of a run; what was found otherwise than expected is said on stderr."""
+        from lorikit.infer.session import open_run
+
+        session = open_run(run, device=self.device, need_adapter=not self.base)
+        for note in session.notes:
+            print(note, file=sys.stderr)
+        return session
 
 
 @app.command
@@ -149,46 +206,18 @@ def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
 
 
 @app.command
-def chat(
-    run: str,
-    /,
-    *,
-    greedy: Annotated[bool, Parameter(negative="")] = False,
-    max_new_tokens: int = 512,
-    temperature: float = 0.5,
-    top_p: float = 0.9,
-    repetition_penalty: float = 1.1,
-    seed: int | None = None,
-    base: Annotated[bool, Parameter(negative="")] = False,
-    device: str = "auto",
-) -> None:
+def chat(run: str, /, *, answering: Answering | None = None) -> None:
     """Talk to a run: streaming, with history; /help lists the commands. With a piped stdin, a question a line.
 
     Parameters
     ----------
     run
         A run folder, a checkpoint, a PEFT adapter folder; with --base also a base model.
-    greedy
-        Always the likeliest token: temperature 0, no repetition penalty.
-    max_new_tokens
-        Longest answer.
-    temperature
-        0 is greedy; higher is more varied.
-    top_p
-        Choose among the likeliest tokens that together have this probability.
-    repetition_penalty
-        Above 1 avoids words that were said.
-    seed
-        Makes sampled answers repeatable.
-    base
-        Without an adapter.
-    device
-        auto, cpu, cuda, cuda:N or mps.
     """
     from lorikit.infer.chat import chat as talk
 
-    sampling = _sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, seed)
-    talk(_open(run, device, base), sampling)
+    answering = answering or Answering()
+    talk(answering.open(run), answering.sampling())
 
 
 @app.command
@@ -198,14 +227,7 @@ def generate(
     *,
     prompt: Annotated[list[str] | None, Parameter(negative="")] = None,
     file: Path | None = None,
-    greedy: Annotated[bool, Parameter(negative="")] = False,
-    max_new_tokens: int = 512,
-    temperature: float = 0.5,
-    top_p: float = 0.9,
-    repetition_penalty: float = 1.1,
-    seed: int | None = None,
-    base: Annotated[bool, Parameter(negative="")] = False,
-    device: str = "auto",
+    answering: Answering | None = None,
     as_json: Json = False,
 ) -> None:
     """Answer prompts, in batches, in their order.
@@ -218,31 +240,21 @@ def generate(
         A question; may be given several times.
     file
         JSONL with one {"prompt": ...} or {"messages": [...]} a line.
-    greedy
-        Always the likeliest token: temperature 0, no repetition penalty.
-    max_new_tokens
-        Longest answer.
-    temperature
-        0 is greedy; higher is more varied.
-    top_p
-        Choose among the likeliest tokens that together have this probability.
-    repetition_penalty
-        Above 1 avoids words that were said.
-    seed
-        Makes sampled answers repeatable.
-    base
-        Without an adapter.
-    device
-        auto, cpu, cuda, cuda:N or mps.
     """
-    from lorikit.infer.generate import answer
+    from lorikit.infer.generate import answer, stream
     from lorikit.infer.prompts import answer_rows, prompt_of, read_prompts
 
     if bool(prompt) == (file is not None):
         raise ConfigError("generate needs either --prompt TEXT or --file prompts.jsonl")
     prompts = read_prompts(file) if file is not None else [prompt_of(text) for text in prompt or []]
-    sampling = _sampling(greedy, max_new_tokens, temperature, top_p, repetition_penalty, seed)
-    answers = answer(_open(run, device, base), [p.messages for p in prompts], sampling)
+    answering = answering or Answering()
+    session = answering.open(run)
+    if len(prompts) == 1 and not as_json and sys.stdout.isatty():
+        for piece in stream(session, prompts[0].messages, answering.sampling()):
+            print(piece, end="", flush=True)
+        print()
+        return
+    answers = answer(session, [p.messages for p in prompts], answering.sampling(), _counter(len(prompts)))
     if as_json:
         _print_json(answer_rows(prompts, answers))
         return
@@ -347,26 +359,11 @@ def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:first]), list(arguments[first:])
 
 
-def _sampling(
-    greedy: bool, max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float, seed: int | None
-) -> Sampling:
-    from lorikit.model.engine import Sampling
+def _counter(total: int) -> Callable[[int], None]:
+    """Shows on a terminal how many of `total` answers are finished."""
 
-    if greedy:
-        temperature, repetition_penalty = 0.0, 1.0
-    return Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    def show(done: int) -> None:
+        if total > 1 and sys.stderr.isatty():
+            print(f"\r{done}/{total} answers", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-
-def _open(run: str, device: str, base: bool) -> Session:
-    from lorikit.infer.session import open_run
-
-    session = open_run(run, device=device, need_adapter=not base)
-    for note in session.notes:
-        print(note, file=sys.stderr)
-    return session
+    return show

@@ -1,5 +1,6 @@
 """The loop on a GPU: the same bytes after a resume, and a step that does not fit is taken in halves."""
 
+import gc
 import io
 import os
 import signal
@@ -82,6 +83,9 @@ def test_a_step_that_does_not_fit_the_gpu_is_halved_and_a_row_that_does_not_fit_
         made.run()
         assert "out of memory at" in made.report.console.file.getvalue()
         assert 1024 <= made.budget.max_tokens < 32 * 1024
+        del made
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + 2**20) / total, 0)
         with pytest.raises(OutOfMemoryError, match=r"rows.json:\d+: one row of 4000 tokens does not fit"):
             training(base, tmp_path / "long", rows(6, 4000)).run()
