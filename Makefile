@@ -55,6 +55,8 @@ $(VENV)/.ready-demo: $(VENV)/.ready-torch pyproject.toml
 
 $(VENV)/.ready-test: $(VENV)/.ready-demo
 	$(call stage,tools for tests and checks,$(PIP) -e '.[demo$(,)test$(,)check$(,)track$(,)modelscope]')
+	$(call stage,the vocabulary of Llama-3,$(PIP) --no-deps llama-models)
+	$(call stage,Triton for its interpreter,$(RUN) -c 'import triton' || $(PIP) triton==3.6.0)
 	@touch $@
 
 , := ,
