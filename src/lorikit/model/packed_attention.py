@@ -1,4 +1,4 @@
-"""Attention over packed sequences for models of transformers, through its public AttentionInterface.
+"""Attention over packed sequences: for our own decoder, and for models of transformers through its AttentionInterface.
 
 Each sequence attends causally to itself only: out[s:e] = softmax(q[s:e] k[s:e]^T * scale + causal) v[s:e] for each pair
 (s, e) of cu_seqlens. On CUDA in half precision it is one call of torch's varlen_attn (FlashAttention), elsewhere one
@@ -8,6 +8,7 @@ scaled_dot_product_attention a sequence; no (T, T) mask is ever built.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -50,22 +51,41 @@ def packed_attention(
     refused = [k for k in ("softcap", "s_aux", "position_bias") if unsupported.get(k) is not None]
     if refused or dropout or attention_mask is not None or cu_seq_lens_q is None or query.shape[0] != 1:
         raise ValueError(f"packed attention cannot compute {', '.join(refused) or 'dropout, masks or padded batches'}")
-    window = sliding_window or 0
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0:
-        assert max_length_q is not None
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, (window - 1 if window else -1, 0))
-        return out[None], None
-    return _by_sequence(query, key, value, cu_seq_lens_q.tolist(), scaling, window).transpose(1, 2), None
+    assert max_length_q is not None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    whole = Sequences(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return attend(q, k, v, whole, scaling, sliding_window or 0)[None], None
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Where the sequences of packed queries and of packed keys begin and end: (N+1,) int32 each, and the longest.
+
+    The queries of a sequence are its last tokens; where `cu_q` is `cu_k` they are all of them.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None, window: int) -> Tensor:
+    """q (S, H, D), k and v (T, Hkv, D) -> (S, H, D), each sequence causal for itself; a window of 0 is none."""
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
+        return _varlen(q, k, v, sequences, scale, (window - 1 if window else -1, 0))
+    return _by_sequence(q, k, v, sequences, scale, window)
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None, window: tuple[int, int]
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None, window: tuple[int, int]
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {"enable_gqa": True} if _takes_enable_gqa() and q.shape[1] != k.shape[1] else {}
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, **grouped)
+    at = sequences
+    longest = (at.longest_q, at.longest_k)
+    out = varlen_attn(q, k, v, at.cu_q, at.cu_k, *longest, scale=scale, window_size=window, **grouped)
     assert isinstance(out, Tensor)
     return out
 
@@ -77,24 +97,27 @@ def _takes_enable_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _by_sequence(q: Tensor, k: Tensor, v: Tensor, cu: list[int], scale: float | None, window: int) -> Tensor:
+def _by_sequence(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None, window: int) -> Tensor:
     out = []
-    for start, end in pairwise(cu):
-        length = end - start
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, D)
+    for (start, end), (first, last) in zip(
+        pairwise(sequences.cu_q.tolist()), pairwise(sequences.cu_k.tolist()), strict=True
+    ):
+        length, seen = end - start, last - first
         mask = None
-        if 0 < window < length:
-            order = torch.arange(length, device=q.device)
-            back = order[:, None] - order[None, :]
-            mask = (back >= 0) & (back < window)
+        if length < seen or 0 < window < seen:  # torch's own causal mask is for as many queries as keys
+            order = torch.arange(seen, device=q.device)
+            back = order[-length:, None] - order[None, :]
+            mask = (back >= 0) & (back < (window or seen))
         out.append(
             scaled_dot_product_attention(
                 q[:, :, start:end],
-                k[:, :, start:end],
-                v[:, :, start:end],
+                k[:, :, first:last],
+                v[:, :, first:last],
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         )
-    return torch.cat(out, dim=2)
+    return torch.cat(out, dim=2)[0].transpose(0, 1)
