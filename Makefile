@@ -62,7 +62,7 @@ $(VENV)/.ready-test: $(VENV)/.ready-demo
 , := ,
 define stage
 @echo "set-up: $(1)"
-@touch $(VENV)/.unfinished; $(2) >> $(LOG) 2>&1 || { rm $(VENV)/.unfinished; tail -n 15 $(LOG) >&2; \
+@touch $(VENV)/.unfinished; ($(2)) >> $(LOG) 2>&1 || { rm $(VENV)/.unfinished; tail -n 15 $(LOG) >&2; \
 	echo "set-up stopped at: $(1). The whole log: $(LOG). The same command tries again." >&2; exit 1; }
 @rm $(VENV)/.unfinished
 endef
