@@ -56,20 +56,28 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
         return get_peft_model(model, config).eval()
 
 
-def check_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> str | list[str]:
+def check_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
     """`target_modules` as peft takes them; ConfigError when one of them matches no linear layer.
 
     A list holds names or their last parts; a single word is a list of one; any other text is one regular expression that
     must match whole names; all-linear is every linear layer but the output head.
     """
     names = linear_names(model)
-    if not names:
-        raise ModelError("the model has no linear layers that LoRA could adapt")
-    kinds = ", ".join(sorted({n.rpartition(".")[2] for n in names}))
-    if targets == "all-linear":
+    if targets == "all-linear" and names:
         last_parts = {n.rpartition(".")[2] for n in names}
         same = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in last_parts]
         return sorted(last_parts) if set(same) == set(names) else names  # short names where they mean the same
+    return choose_targets(names, targets)
+
+
+def choose_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    """As `check_targets`, for a model whose linear layers, but for its head, have these names and no other modules do."""
+    if not names:
+        raise ModelError("the model has no linear layers that LoRA could adapt")
+    last_parts = sorted({n.rpartition(".")[2] for n in names})
+    kinds = ", ".join(last_parts)
+    if targets == "all-linear":
+        return last_parts
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
         try:
             pattern = re.compile(targets)
@@ -82,11 +90,18 @@ def check_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> str |
             )
         return matching
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    lacking = [t for t in wanted if not any(n == t or n.endswith(f".{t}") for n in names)]
+    lacking = [t for t in wanted if not matching_names(names, [t])]
     if lacking or not wanted:
         shown = ", ".join(map(repr, lacking)) or "an empty list"
         raise ConfigError(f"lora.target_modules: {shown} matches no linear layer of this model; there are {kinds}")
     return wanted
+
+
+def matching_names(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:
+    """Those of `names` that peft adapts: whole names or their last parts in a list, or one expression for whole names."""
+    if isinstance(targets, str):
+        return [n for n in names if re.fullmatch(targets, n)]
+    return [n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)]
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:

@@ -1,0 +1,196 @@
+"""Safetensors -> the decoder's frozen weights, fused: q, k, v as the rows of one matrix, gate and up as those of another.
+
+Each tensor is copied once, from the page cache straight into its rows on the device and in the type asked for, by a few
+threads, so that neither a second copy of the weights nor a slow single reader is ever needed.
+
+    qkv (H E + 2 K E, D)    o (D, H E)    gate_up (2 F, D)    down (D, F)    embed and head (V, D)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorikit.errors import ModelError
+from lorikit.model.decoder_config import DecoderShape
+from lorikit.model_files import INDEX
+
+# A reader's share. Smaller ones would open the file more often, larger ones leave threads without work at the end.
+_SHARE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """The frozen tensors of one decoder layer; None for those that its family has not."""
+
+    norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All frozen tensors of a decoder; `head` is `embed` where they are tied."""
+
+    embed: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Tensor
+
+
+def unusable(folder: Path, shape: DecoderShape) -> str | None:
+    """None when the safetensors in `folder` hold every tensor in its shape, else what is not as it should be."""
+    found: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in _files(folder):
+            found |= _header(path)
+    except (OSError, ValueError, KeyError) as error:
+        return f"its safetensors cannot be listed ({error})"
+    for name, wanted in _shapes(shape).items():
+        if name not in found:
+            return f"its safetensors hold no {name}"
+        if found[name] != wanted:
+            return f"{name} is {found[name]}, config.json says {wanted}"
+    if shape.tied and "lm_head.weight" in found:
+        return "config.json ties its head to the embedding, but there are weights of both"
+    return None
+
+
+def load_weights(folder: Path, shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> Weights:
+    """The weights in `folder`, for which `unusable` gave None. ModelError when a file turns out to be damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = _allocate(shape, dtype, device)
+    places = _places(weights, shape)
+
+    def read(path: Path, names: list[str]) -> None:
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                places[name].copy_(file.get_tensor(name))
+
+    shares = [(path, names) for path in _files(folder) for names in _shares(path, places)]
+    try:
+        with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1, len(shares)))) as pool:
+            for _ in pool.map(lambda share: read(*share), shares):
+                pass
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: its weights cannot be read ({error}); download the model again") from None
+    return weights
+
+
+def _files(folder: Path) -> list[Path]:
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, from the first bytes of the file; no tensor is touched."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _shares(path: Path, places: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """The wanted tensors of a file in groups of about `_SHARE_BYTES`."""
+    names: list[str] = []
+    size = 0
+    for name in _header(path):
+        if name in places:
+            names.append(name)
+            size += places[name].numel() * places[name].element_size()
+        if size >= _SHARE_BYTES:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names
+
+
+def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> Weights:
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def optional(size: int, wanted: bool) -> Tensor | None:
+        return empty(size) if wanted else None
+
+    hidden, ffn, head_dim = shape.hidden, shape.ffn, shape.head_dim
+    rows = shape.q_width + 2 * shape.kv_width
+    layers = [
+        LayerWeights(
+            norm=empty(hidden),
+            qkv=empty(rows, hidden),
+            qkv_bias=optional(rows, shape.qkv_bias),
+            q_norm=optional(head_dim, shape.qk_norm),
+            k_norm=optional(head_dim, shape.qk_norm),
+            o=empty(hidden, shape.q_width),
+            o_bias=optional(hidden, shape.o_bias),
+            mlp_norm=empty(hidden),
+            gate_up=empty(2 * ffn, hidden),
+            gate_up_bias=optional(2 * ffn, shape.mlp_bias),
+            down=empty(hidden, ffn),
+            down_bias=optional(hidden, shape.mlp_bias),
+        )
+        for _ in range(shape.layers)
+    ]
+    embed = empty(shape.vocabulary, hidden)
+    return Weights(embed, tuple(layers), empty(hidden), embed if shape.tied else empty(shape.vocabulary, hidden))
+
+
+def _shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
+    """What the files must hold, by name."""
+    on_meta = _allocate(shape, torch.float32, torch.device("meta"))
+    return {name: tuple(tensor.shape) for name, tensor in _places(on_meta, shape).items()}
+
+
+def _places(weights: Weights, shape: DecoderShape) -> dict[str, Tensor]:
+    """Where each tensor of the files belongs: rows of the fused ones, under the names of transformers."""
+    places = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.norm}
+    if not shape.tied:
+        places["lm_head.weight"] = weights.head
+    kv = [shape.q_width, shape.kv_width, shape.kv_width]
+    for number, layer in enumerate(weights.layers):
+        fused: Iterable[tuple[str, tuple[str, ...], Tensor | None, list[int]]] = (
+            ("self_attn", ("q_proj.weight", "k_proj.weight", "v_proj.weight"), layer.qkv, kv),
+            ("self_attn", ("q_proj.bias", "k_proj.bias", "v_proj.bias"), layer.qkv_bias, kv),
+            ("mlp", ("gate_proj.weight", "up_proj.weight"), layer.gate_up, [shape.ffn] * 2),
+            ("mlp", ("gate_proj.bias", "up_proj.bias"), layer.gate_up_bias, [shape.ffn] * 2),
+        )
+        prefix = f"model.layers.{number}"
+        for block, names, tensor, rows in fused:
+            if tensor is not None:
+                parts = torch.split(tensor, rows)
+                places |= {f"{prefix}.{block}.{name}": part for name, part in zip(names, parts, strict=True)}
+        single = {
+            "input_layernorm.weight": layer.norm,
+            "post_attention_layernorm.weight": layer.mlp_norm,
+            "self_attn.q_norm.weight": layer.q_norm,
+            "self_attn.k_norm.weight": layer.k_norm,
+            "self_attn.o_proj.weight": layer.o,
+            "self_attn.o_proj.bias": layer.o_bias,
+            "mlp.down_proj.weight": layer.down,
+            "mlp.down_proj.bias": layer.down_bias,
+        }
+        places |= {f"{prefix}.{name}": tensor for name, tensor in single.items() if tensor is not None}
+    return places
