@@ -45,8 +45,8 @@ class ModelConfig(Group):
     """For a base larger than one GPU: auto, balanced, sequential, or a map of module to device."""
     attn_implementation: str | None = None
     """transformers' name of an attention to use as it is (sdpa, eager, ...); by default the fastest that packs exactly."""
-    engine: Literal["auto", "generic"] = "auto"
-    """What computes the step: generic is transformers + peft, for any causal language model."""
+    engine: Literal["auto", "generic", "decoder"] = "auto"
+    """decoder: our own, for Llama, Mistral, Qwen2, Qwen3. generic: transformers + peft, for all. auto: the first that fits."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 

@@ -1,6 +1,7 @@
 """What training and inference need of a model, and nothing more: the interface that every engine has.
 
-`generic` (transformers + peft, any causal language model) implements it; code outside `model/` uses only these names.
+`decoder` (our own, Llama-family models) and `generic` (transformers + peft, any causal language model) implement it; code
+outside `model/` uses only these names.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Engine(Protocol):
 
     name: str
     device: torch.device
+    choice: str
+    """Why this engine was taken and not the other, for the person who trains; empty where there is nothing to say."""
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""

@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 class GenericEngine:
     """A transformers model, plain or inside a PeftModel, on its device.
 
-    `attention` keeps that implementation of transformers instead of trying the packed one.
+    `attention` keeps that implementation of transformers instead of trying the packed one. `choice` says why this engine
+    was chosen, for the person who trains; empty when it was asked for.
     """
 
     name = "generic"
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *, attention: str | None = None) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel | PeftModel, *, attention: str | None = None, choice: str = "") -> None:
+        self.model, self.choice = model, choice
         self.base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.has_adapter = model is not self.base
         self.device = self.base.get_input_embeddings().weight.device

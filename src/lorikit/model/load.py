@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorikit.hub import Resolved
-    from lorikit.model.generic import GenericEngine
+    from lorikit.model.engine import Engine
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -50,20 +50,46 @@ def load_engine(
     new_adapter: LoraSettings | None = None,
     seed: int = 0,
     gradient_checkpointing: bool = False,
-) -> GenericEngine:
+) -> Engine:
     """The engine for a base model: alone, with the PEFT adapter in a folder, or with a new one to train.
 
-    With `new_adapter` the adapter can be trained; its `init_adapter` names a folder to go on from. Raises ModelError for
-    a model that cannot be loaded or does not fit its adapter, ConfigError for a device that is not there, and
+    With `new_adapter` the adapter can be trained; its `init_adapter` names a folder to go on from. `engine: auto` takes
+    the decoder where that computes the same, else the generic one, whose `choice` says why. Raises ModelError for a
+    model that cannot be loaded or does not fit its adapter or engine, ConfigError for a device that is not there, and
     OutOfMemoryError when the weights do not fit.
     """
+    if new_adapter is not None and new_adapter.init_adapter:
+        adapter = Path(new_adapter.init_adapter)
+        _check_same_settings(new_adapter, adapter, base)
+    choice = ""
+    if config.engine != "generic":
+        from lorikit.model import decoder_load
+
+        device = pick_device(config.device)
+        plan = decoder_load.plan(config, base, adapter, new_adapter, device)
+        if not isinstance(plan, str):
+            return decoder_load.load(
+                plan, pick_dtype(config.dtype, device), device, seed=seed, checkpoint=gradient_checkpointing
+            )
+        if config.engine == "decoder":
+            raise ModelError(f"{base.name}: the decoder cannot take it, {plan}; set model.engine: auto or generic")
+        choice = plan
+    return _load_generic(config, base, adapter, new_adapter, seed, gradient_checkpointing, choice)
+
+
+def _load_generic(
+    config: ModelConfig,
+    base: Resolved,
+    adapter: Path | None,
+    new_adapter: LoraSettings | None,
+    seed: int,
+    gradient_checkpointing: bool,
+    choice: str,
+) -> Engine:
     from lorikit.model.generic import GenericEngine
 
     model = load_base(config, base)
     trainable = new_adapter is not None
-    if new_adapter is not None and new_adapter.init_adapter:
-        adapter = Path(new_adapter.init_adapter)
-        _check_same_settings(new_adapter, adapter, base)
     wrapped: Any = model
     if adapter is not None:
         wrapped = lora.load_adapter(model, adapter, trainable=trainable)
@@ -77,7 +103,7 @@ def load_engine(
         enable({"use_reentrant": False})
         model.enable_input_require_grads()
     wrapped.eval()
-    return GenericEngine(wrapped, attention=config.attn_implementation)
+    return GenericEngine(wrapped, attention=config.attn_implementation, choice=choice)
 
 
 def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:

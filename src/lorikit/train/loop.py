@@ -92,5 +92,6 @@ def _summary(training: Training, rows: DataReport) -> Iterator[str]:
         f"{len(rows.duplicates)} duplicates removed (data_report.json names them)"
     )
     trainable = sum(parameter.numel() for parameter in engine.parameters())
-    yield f"{training.base_name} on {engine.device}, engine {engine.name}, {trainable:,} trainable parameters"
+    why = f" (not the decoder: {engine.choice})" if engine.choice else ""
+    yield f"{training.base_name} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters"
     yield f"{plan.num_steps} steps of {plan.rows_per_step} rows, {plan.steps_per_epoch} an epoch"

@@ -1,0 +1,156 @@
+"""The engine for Llama-family models: our own packed decoder, from config.json and safetensors, without transformers.
+
+A forward takes all tokens of its batch end to end, in layers that are one autograd function each (decoder_layer.py), and
+computes logits for labelled tokens alone (decoder_loss.py). Layers below the first adapter keep nothing and get no
+gradient. Dropout masks come from one number a forward, drawn from torch's generator, so that torch.manual_seed repeats
+a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorikit.data.values import Batch
+from lorikit.model import decoder_loss
+from lorikit.model.decoder_adapter import Adapter
+from lorikit.model.decoder_batch import Packed, cut_to_labels
+from lorikit.model.decoder_config import DecoderShape, inverse_frequencies
+from lorikit.model.decoder_generate import stream_tokens
+from lorikit.model.decoder_layer import Layer, Step, run_layer
+from lorikit.model.decoder_weights import Weights
+from lorikit.model.engine import Sampling, Token
+from lorikit.model.packed_attention import attend
+
+
+class DecoderEngine:
+    """Frozen weights and an adapter (or none) on one device.
+
+    `checkpoint` keeps only the inputs of layers for the backward and computes the rest again.
+    """
+
+    name = "decoder"
+    choice = ""
+
+    def __init__(
+        self, shape: DecoderShape, weights: Weights, adapter: Adapter | None = None, *, checkpoint: bool = False
+    ) -> None:
+        self.shape, self.weights, self.adapter, self.checkpoint = shape, weights, adapter, checkpoint
+        self.device = weights.embed.device
+        self.training = False
+        self._plain = [Layer(n, shape, w) for n, w in enumerate(weights.layers)]
+        self.layers = self._plain if adapter is None else self._adapted(adapter)
+        self._tables = torch.empty(2, 0, shape.head_dim // 2)
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
+        packed = cut_to_labels(batch, self.device)
+        if packed is None:
+            return torch.stack([p.sum() * 0 for p in self.parameters()] or [torch.zeros(())]).sum()
+        w = self.weights
+        return decoder_loss.loss_sum(self._hidden(packed), w.norm, self.shape.eps, w.head, packed.targets)
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> Tensor:
+        """(num_targets,) float32: cross entropy of each target in order, without a graph."""
+        packed = cut_to_labels(batch, self.device)
+        if packed is None:
+            return torch.zeros(0, device=self.device)
+        w = self.weights
+        return decoder_loss.token_losses(self._hidden(packed), w.norm, self.shape.eps, w.head, packed.targets)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters in the order of `parameter_names`; none when it was loaded to be used only."""
+        return list(self._trainable().values())
+
+    def parameter_names(self) -> list[str]:
+        """PEFT's names, as the keys of adapter_model.safetensors."""
+        return list(self._trainable())
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter under PEFT's names, on the CPU."""
+        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self._trainable().items()}
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The values of PEFT's adapter_config.json; the base's name is the caller's to fill in."""
+        assert self.adapter is not None
+        return self.adapter.values | {"inference_mode": True}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Put these values into the adapter; ModelError lists every name and shape that does not fit."""
+        assert self.adapter is not None
+        self.adapter.load(state, "the adapter does not fit the model")
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off."""
+        self.training = mode
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside it the engine computes with the base alone."""
+        layers, self.layers = self.layers, self._plain
+        try:
+            yield
+        finally:
+            self.layers = layers
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
+    ) -> Generator[Token]:
+        """Tokens as they come, each naming its prompt; ends when every prompt has a Token with `finish` set."""
+        yield from stream_tokens(self, prompts, sampling, stop_ids)
+
+    @torch.no_grad()
+    def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (P, E/2) float32 of at least the first `positions` positions."""
+        if self._tables.shape[1] < positions:
+            count = 1 << (positions - 1).bit_length()
+            angles = torch.outer(torch.arange(count).float(), inverse_frequencies(self.shape.rope, self.shape.head_dim))
+            self._tables = torch.stack([angles.cos(), angles.sin()]).to(self.device)
+        cos, sin = self._tables
+        return cos, sin
+
+    def run(self, input_ids: Tensor, step: Step) -> Tensor:
+        """(T,) int64 -> what comes out of the last layer, (L, D) for the rows that `step.last` keeps."""
+        if self.adapter is not None:
+            self.adapter.refresh()
+        x = self.weights.embed[input_ids]
+        for layer in self.layers:
+            x = run_layer(x, layer, step)
+        return x
+
+    def _hidden(self, packed: Packed) -> Tensor:
+        shape = self.shape
+
+        def attend_within(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            last = layer.number == shape.layers - 1
+            sequences = packed.last_sequences if last else packed.sequences
+            return attend(q, k, v, sequences, shape.head_dim**-0.5, layer.window)
+
+        p = self.adapter.dropout if self.adapter is not None and self.training else 0.0
+        cos, sin = self.rope_tables(packed.sequences.longest_k)
+        step = Step(
+            cos=cos,
+            sin=sin,
+            position_ids=packed.position_ids,
+            attend=attend_within,
+            last=packed.last,
+            p=p,
+            seed=int(torch.randint(1 << 31, ())) if p else 0,
+            checkpoint=self.checkpoint,
+        )
+        return self.run(packed.input_ids, step)
+
+    def _adapted(self, adapter: Adapter) -> list[Layer]:
+        return [
+            Layer(n, self.shape, w, adapter.loras[n], tuple(adapter.by_layer[n]))
+            for n, w in enumerate(self.weights.layers)
+        ]
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        named = {} if self.adapter is None else self.adapter.named()
+        return {name: p for name, p in named.items() if p.requires_grad}

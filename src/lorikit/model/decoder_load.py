@@ -1,0 +1,149 @@
+"""Whether the decoder takes a model, an adapter and their settings, and the engine that it then is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorikit.config import LoraSettings, ModelConfig
+from lorikit.errors import OutOfMemoryError
+from lorikit.model import lora
+from lorikit.model.decoder_config import DecoderShape, decoder_shape, supported
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorikit.hub import Resolved
+    from lorikit.model.decoder import DecoderEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to load: the base, and the adapter's settings, modules and folder (None: a new one), if there is any."""
+
+    base: Resolved
+    shape: DecoderShape
+    adapter: Path | None
+    values: Mapping[str, Any] | None
+    modules: tuple[str, ...]
+    trainable: bool
+
+
+def plan(
+    config: ModelConfig, base: Resolved, adapter: Path | None, new: LoraSettings | None, device: torch.device
+) -> Plan | str:
+    """What the decoder has to load, or why it cannot. Raises ConfigError for targets that match nothing, ModelError for
+    an adapter folder that cannot be read."""
+    reason = _settings_reason(config, new, device)
+    shape = reason or _shape(base.path)
+    if isinstance(shape, str):
+        return shape
+    if adapter is not None:
+        return _with_adapter(Plan(base, shape, adapter, lora.read_config(adapter), (), new is not None))
+    if new is None:
+        return Plan(base, shape, None, None, (), False)
+    targets = lora.choose_targets(shape.linear_names(), new.target_modules)
+    return Plan(base, shape, None, _new_values(new, targets), _modules(shape, targets), True)
+
+
+def load(plan: Plan, dtype: torch.dtype, device: torch.device, *, seed: int, checkpoint: bool) -> DecoderEngine:
+    """The engine. ModelError for damaged weights or an adapter that does not fit, OutOfMemoryError where the weights do
+    not fit the device."""
+    import torch
+
+    from lorikit.model.decoder import DecoderEngine
+    from lorikit.model.decoder_adapter import Adapter
+    from lorikit.model.decoder_weights import load_weights
+
+    base = plan.base
+    try:
+        weights = load_weights(base.path, plan.shape, dtype, device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"{base.name} in {str(dtype).removeprefix('torch.')} does not fit {device}: {str(error).splitlines()[0]}; "
+            "set model.device_map: auto, or take a smaller model"
+        ) from None
+    if plan.values is None:
+        return DecoderEngine(plan.shape, weights)
+    # On a CPU the adapter's products are in float32 whatever the base is, as peft has them.
+    compute = dtype if device.type == "cuda" else torch.float32
+    adapter = Adapter(plan.shape, plan.modules, plan.values, device=device, dtype=compute, trainable=plan.trainable)
+    if plan.adapter is None:
+        adapter.initialise(seed)
+    else:
+        adapter.load(lora.read_weights(plan.adapter), f"{plan.adapter} does not fit the base {base.name}")
+    return DecoderEngine(plan.shape, weights, adapter, checkpoint=checkpoint)
+
+
+def _settings_reason(config: ModelConfig, new: LoraSettings | None, device: torch.device) -> str | None:
+    for name in ("device_map", "attn_implementation"):
+        if getattr(config, name) is not None:
+            return f"model.{name} is set"
+    if config.trust_remote_code:
+        return "model.trust_remote_code is on"
+    if device.type not in ("cpu", "cuda"):
+        return f"the device is {device}"
+    if new is not None and new.init_lora_weights is not True:
+        return f"lora.init_lora_weights is {new.init_lora_weights}"
+    return None
+
+
+def _shape(folder: Path) -> DecoderShape | str:
+    """The shape of the model in a folder whose weights are there, or why it is none of ours."""
+    from lorikit.model.decoder_weights import unusable
+
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"its config.json cannot be read ({error})"
+    reason = supported(values) if isinstance(values, dict) else "its config.json is no object"
+    if reason:
+        return reason
+    shape = decoder_shape(values)
+    return unusable(folder, shape) or shape
+
+
+def _with_adapter(plan: Plan) -> Plan | str:
+    """The plan with the modules of its adapter, or why these are not the decoder's."""
+    from lorikit.model.decoder_adapter import unsupported_adapter
+
+    assert plan.values is not None
+    reason = unsupported_adapter(plan.values)
+    if reason:
+        return reason
+    targets, names = plan.values.get("target_modules"), plan.shape.linear_names()
+    if not isinstance(targets, str | list) or not targets or targets == "all-linear":
+        return f"its adapter has target_modules {targets!r}"
+    other = lora.matching_names(("lm_head", "model.embed_tokens"), targets)
+    unknown = [] if isinstance(targets, str) else [t for t in targets if not lora.matching_names(names, [t])]
+    modules = _modules(plan.shape, targets)
+    if other or unknown or not modules:
+        return f"its adapter changes {', '.join(other + unknown) or 'no linear layer'}"
+    return Plan(plan.base, plan.shape, plan.adapter, plan.values, modules, plan.trainable)
+
+
+def _modules(shape: DecoderShape, targets: str | list[str]) -> tuple[str, ...]:
+    return tuple(lora.matching_names(shape.linear_names(), targets))
+
+
+def _new_values(new: LoraSettings, targets: list[str]) -> dict[str, Any]:
+    """adapter_config.json of a new adapter: what peft needs to read it, and what other readers look for."""
+    return {
+        "peft_type": "LORA",
+        "task_type": new.task_type,
+        "r": new.r,
+        "lora_alpha": new.lora_alpha,
+        "lora_dropout": new.lora_dropout,
+        "target_modules": sorted(targets),
+        "use_rslora": new.use_rslora,
+        "init_lora_weights": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
