@@ -38,12 +38,19 @@ SAME = 2e-3  # largest relative difference between two curves that only differ b
 # name -> (program, settings that differ from the demo's)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tutorial": ("tutorial", {"gradient_checkpointing": True}),
-    "Lorikit, checkpointing": ("lorikit", {"gradient_checkpointing": True}),
+    "Lorikit generic, checkpointing": ("lorikit", {"engine": "generic", "gradient_checkpointing": True}),
+    "Lorikit decoder, checkpointing": ("lorikit", {"engine": "decoder", "gradient_checkpointing": True}),
     "tutorial without checkpointing": ("tutorial", {"gradient_checkpointing": False}),
-    "Lorikit": ("lorikit", {"gradient_checkpointing": False}),
+    "Lorikit generic": ("lorikit", {"engine": "generic", "gradient_checkpointing": False}),
+    "Lorikit decoder": ("lorikit", {"engine": "decoder", "gradient_checkpointing": False}),
 }
 # What is compared with what: the same recomputation on both sides.
-PAIRS = [("Lorikit, checkpointing", "tutorial"), ("Lorikit", "tutorial without checkpointing")]
+PAIRS = [
+    ("Lorikit generic, checkpointing", "tutorial"),
+    ("Lorikit decoder, checkpointing", "tutorial"),
+    ("Lorikit generic", "tutorial without checkpointing"),
+    ("Lorikit decoder", "tutorial without checkpointing"),
+]
 
 
 def main() -> None:
@@ -143,7 +150,7 @@ def settings_of(job: dict[str, Any]) -> Any:
     train |= {"gradient_checkpointing": job.get("gradient_checkpointing", False)}
     train |= {"lr_scheduler_type": "linear", "warmup_steps": 0, "warmup_ratio": 0.0, "weight_decay": 0.0}
     lora = {"lora_dropout": job.get("dropout", 0.0)}
-    model = {"dtype": "float32", "device": "cpu"}
+    model = {"dtype": "float32", "device": "cpu", "engine": job.get("engine", "generic")}
     held_out = {"eval_size": 0, "data": None, "prompts": [], "early_stopping_patience": None}
     os.chdir(ROOT)  # the demo's paths are relative to the repository
     return load_config(job["config"], model=model, lora=lora, train=train, eval=held_out)
