@@ -45,6 +45,7 @@ LAYERS = [
         "lorikit.model.decoder",
         "lorikit.model.decoder_adapter",
         "lorikit.model.decoder_batch",
+        "lorikit.model.decoder_graph",
         "lorikit.model.decoder_config",
         "lorikit.model.decoder_generate",
         "lorikit.model.decoder_layer",

@@ -43,6 +43,14 @@ class TinyEngine:
             self._logits(batch.input_ids), batch.targets, ignore_index=IGNORE, reduction="sum"
         )
 
+    def clear_gradient(self):
+        self.lora_a.grad = self.lora_b.grad = None
+
+    def add_gradient(self, batch):
+        loss = self.loss_sum(batch)
+        loss.backward()
+        return loss.detach()
+
     @torch.no_grad()
     def token_losses(self, batch):
         kept = batch.targets != IGNORE

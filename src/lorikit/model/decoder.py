@@ -21,10 +21,13 @@ from lorikit.model.decoder_adapter import Adapter
 from lorikit.model.decoder_batch import Packed, cut_to_labels
 from lorikit.model.decoder_config import DecoderShape, inverse_frequencies
 from lorikit.model.decoder_generate import stream_tokens
+from lorikit.model.decoder_graph import StepGraphs
 from lorikit.model.decoder_layer import Layer, Step, run_layer
 from lorikit.model.decoder_weights import Weights
 from lorikit.model.engine import Sampling, Token
 from lorikit.model.packed_attention import attend
+
+GRAPH_TOKENS = 8192  # in larger batches the GPU computes longer than Python takes to start its kernels
 
 
 class DecoderEngine:
@@ -45,14 +48,31 @@ class DecoderEngine:
         self._plain = [Layer(n, shape, w) for n, w in enumerate(weights.layers)]
         self.layers = self._plain if adapter is None else self._adapted(adapter)
         self._tables = torch.empty(2, 0, shape.head_dim // 2)
+        self._graphs: StepGraphs | None = None
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
         packed = cut_to_labels(batch, self.device)
         if packed is None:
             return torch.stack([p.sum() * 0 for p in self.parameters()] or [torch.zeros(())]).sum()
-        w = self.weights
-        return decoder_loss.loss_sum(self._hidden(packed), w.norm, self.shape.eps, w.head, packed.targets)
+        return self._loss_sum(packed, self._draw_seed())
+
+    def clear_gradient(self) -> None:
+        """Begin an optimizer step: the gradient, one buffer for all parameters, is zero."""
+        if self.adapter is not None:
+            self.adapter.clear_gradient()
+
+    def add_gradient(self, batch: Batch) -> Tensor:
+        """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`.
+
+        On a GPU as a replayed CUDA graph, where a batch is small enough for the starts of its kernels to matter.
+        """
+        if self.device.type == "cuda" and batch.num_tokens <= GRAPH_TOKENS and batch.num_targets:
+            self._graphs = self._graphs or StepGraphs(self._loss_sum, self.parameters(), self.device)
+            return self._graphs.add_gradient(batch, self._draw_seed())
+        loss = self.loss_sum(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
@@ -61,7 +81,9 @@ class DecoderEngine:
         if packed is None:
             return torch.zeros(0, device=self.device)
         w = self.weights
-        return decoder_loss.token_losses(self._hidden(packed), w.norm, self.shape.eps, w.head, packed.targets)
+        return decoder_loss.token_losses(
+            self._hidden(packed, self._draw_seed()), w.norm, self.shape.eps, w.head, packed.targets
+        )
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters in the order of `parameter_names`; none when it was loaded to be used only."""
@@ -123,7 +145,16 @@ class DecoderEngine:
             x = run_layer(x, layer, step)
         return x
 
-    def _hidden(self, packed: Packed) -> Tensor:
+    def _draw_seed(self) -> int:
+        """The number that this forward's dropout masks come from."""
+        drops = self.training and self.adapter is not None and self.adapter.dropout > 0
+        return int(torch.randint(1 << 31, ())) if drops else 0
+
+    def _loss_sum(self, packed: Packed, seed: int | Tensor) -> Tensor:
+        w = self.weights
+        return decoder_loss.loss_sum(self._hidden(packed, seed), w.norm, self.shape.eps, w.head, packed.targets)
+
+    def _hidden(self, packed: Packed, seed: int | Tensor) -> Tensor:
         shape = self.shape
 
         def attend_within(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -140,7 +171,7 @@ class DecoderEngine:
             attend=attend_within,
             last=packed.last,
             p=p,
-            seed=int(torch.randint(1 << 31, ())) if p else 0,
+            seed=seed,
             checkpoint=self.checkpoint,
         )
         return self.run(packed.input_ids, step)

@@ -107,6 +107,7 @@ class Adapter:
         self.first_layer = min(slot.layer for slot in self.slots)
         self.flat = torch.zeros(size, device=device)
         self.compute = self.flat if dtype == torch.float32 else torch.zeros(size, dtype=dtype, device=device)
+        self.grad = torch.zeros(size if trainable else 0, device=device)
         self._parameters: dict[str, nn.Parameter] = {}
         self.by_layer: list[list[nn.Parameter]] = [[] for _ in range(shape.layers)]
         for slot in self.slots:
@@ -126,6 +127,16 @@ class Adapter:
         """Bring the copy in the compute type up to date; before each forward."""
         if self.compute is not self.flat:
             self.compute.copy_(self.flat)
+
+    def clear_gradient(self) -> None:
+        """Zero the gradient; each parameter's `.grad` is its view of one buffer laid out as `flat`."""
+        if not len(self.grad):
+            return
+        self.grad.zero_()
+        parameters = iter(self._parameters.values())
+        for slot in self.slots:
+            for view in _views(self.grad, slot, self.rank):
+                next(parameters).grad = view
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

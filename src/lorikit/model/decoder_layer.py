@@ -69,7 +69,7 @@ class Step:
     attend: Attend
     last: Rows | None = None
     p: float = 0.0
-    seed: int = 0
+    seed: int | Tensor = 0
     checkpoint: bool = False
 
     def rows(self, layer: Layer) -> Rows | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorikit.data.values import IGNORE
 from lorikit.model.kernels.rmsnorm import rmsnorm, rmsnorm_backward
 
 # Logits of one chunk, in elements: a chunk should fit the caches of a CPU, and keep a GPU busy.
@@ -21,7 +22,8 @@ _CHUNK_CPU, _CHUNK = 1 << 22, 1 << 27
 
 
 def loss_sum(x: Tensor, norm: Tensor, eps: float, head: Tensor, targets: Tensor) -> Tensor:
-    """() float32: cross entropy summed over the L rows of x (L, D), with a graph to x. targets (L,) int64."""
+    """() float32: cross entropy summed over the rows of x (L, D), with a graph to x. targets (L,) int64, IGNORE where a
+    row only fills a bucket and counts for nothing."""
     out: Tensor = _LossSum.apply(x, norm, eps, head, targets)  # type: ignore[no-untyped-call]
     return out
 
@@ -52,12 +54,13 @@ class _LossSum(torch.autograd.Function):
         grads = []
         for rows, wanted in _chunks(h, targets, head):
             logits = (rows @ head.T).float()
+            counts, at = (wanted != IGNORE)[:, None], wanted.clamp_min(0)[:, None]
             peak = logits.amax(1, keepdim=True)
-            target = logits.gather(1, wanted[:, None])
+            target = logits.gather(1, at)
             sums = logits.sub_(peak).exp_().sum(1, keepdim=True)  # the logits are spent from here on
-            total += (sums.log() + peak - target).sum()
+            total += ((sums.log() + peak - target) * counts).sum()
             if ctx.needs_input_grad[0]:
-                logits.div_(sums).scatter_add_(1, wanted[:, None], torch.full_like(target, -1.0))
+                logits.div_(sums).scatter_add_(1, at, torch.full_like(target, -1.0)).mul_(counts)
                 grads.append(logits.to(head.dtype) @ head)
         if grads:
             ctx.save_for_backward(rmsnorm_backward(torch.cat(grads), x, norm, eps))

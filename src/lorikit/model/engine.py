@@ -55,6 +55,14 @@ class Engine(Protocol):
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
         ...
 
+    def clear_gradient(self) -> None:
+        """Begin an optimizer step: the parameters' `.grad` is None or zero."""
+        ...
+
+    def add_gradient(self, batch: Batch) -> Tensor:
+        """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
+        ...
+
     def token_losses(self, batch: Batch) -> Tensor:
         """(num_targets,) float32: cross entropy of each target in order, without a graph."""
         ...

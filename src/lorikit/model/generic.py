@@ -58,6 +58,17 @@ class GenericEngine:
         losses = [cross_entropy(logits, want, reduction="sum") for logits, want in self._logits(batch)]
         return torch.stack(losses).sum()
 
+    def clear_gradient(self) -> None:
+        """Begin an optimizer step: the parameters have no gradient."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def add_gradient(self, batch: Batch) -> Tensor:
+        """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
+        loss = self.loss_sum(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
         """(num_targets,) float32: cross entropy of each target in order, without a graph."""

@@ -179,14 +179,11 @@ def compute_gradient(
 
     def begin() -> None:
         losses.clear()
-        for parameter in parameters:
-            parameter.grad = None
+        engine.clear_gradient()
         torch.manual_seed(dropout_seed)
 
     def forward(share: list[Example]) -> None:
-        loss = engine.loss_sum(pack(share))
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
+        losses.append(engine.add_gradient(pack(share)))
 
     budget.run(examples, begin, forward)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,0 +1,149 @@
+"""Training steps of the decoder as CUDA graphs: thousands of kernels started by one call.
+
+A graph has fixed shapes, so a batch is put into the next larger bucket: its tokens are followed by a dummy sequence
+without labels, its labels by rows that the loss leaves out, its sequences by empty ones. Sequences do not see each other
+and a dropout mask depends on a token's place in the batch alone, so a step's result does not depend on its bucket. Graphs
+share one memory pool: they run one after the other, and nothing but the loss and the gradients outlives a replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lorikit.data.values import IGNORE, Batch
+from lorikit.model.decoder_batch import Packed
+from lorikit.model.decoder_layer import Rows
+from lorikit.model.packed_attention import Sequences
+
+_TOKENS = 128  # tokens and labels are rounded up to this; products of such sizes are the fast ones on tensor cores
+_SEQUENCES = 16
+_LONGEST = 512  # the least that attention is started for: blocks beyond a sequence's end stop at once
+
+Compute = Callable[[Packed, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The sizes of a graph: tokens, labelled rows, sequences (the dummy among them), the longest sequence."""
+
+    tokens: int
+    labels: int
+    sequences: int
+    longest: int
+
+
+def bucket_of(batch: Batch) -> Bucket:
+    """The smallest bucket that holds the batch."""
+    longest = max(_LONGEST, 1 << (batch.max_seqlen - 1).bit_length())
+    tokens = _round_up(batch.num_tokens, _TOKENS)
+    return Bucket(
+        tokens=tokens,
+        labels=_round_up(batch.num_targets, _TOKENS),
+        sequences=_round_up(len(batch.cu_seqlens), _SEQUENCES),  # one more than the batch's own: the dummy
+        longest=min(longest, max(tokens, _LONGEST)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a graph reads: input_ids and position_ids (T,), cu_seqlens (N+1,) int32, outputs and targets (L,), seed ()."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    outputs: Tensor
+    targets: Tensor
+    seed: Tensor
+
+    def packed(self, longest: int) -> Packed:
+        """The same as the layers take it: every token asks a query in the last layer too."""
+        sequences = Sequences(self.cu_seqlens, self.cu_seqlens, longest, longest)
+        every = torch.arange(len(self.input_ids), device=self.input_ids.device)
+        last = Rows(every, self.outputs, self.outputs)
+        return Packed(self.input_ids, self.position_ids, sequences, sequences, last, self.targets)
+
+
+def fill_bucket(batch: Batch, bucket: Bucket, seed: int) -> Inputs:
+    """The batch in its bucket, on the CPU."""
+    extra = bucket.tokens - batch.num_tokens
+    labelled = (batch.targets != IGNORE).nonzero()[:, 0]
+    missing = bucket.labels - len(labelled)
+    ends = bucket.sequences + 1 - len(batch.cu_seqlens)
+    return Inputs(
+        input_ids=pad(batch.input_ids, (0, extra)),
+        position_ids=torch.cat([batch.position_ids, torch.arange(extra)]),
+        cu_seqlens=pad(batch.cu_seqlens, (0, ends), value=bucket.tokens),
+        outputs=pad(labelled, (0, missing), value=bucket.tokens - 1),
+        targets=pad(batch.targets[labelled], (0, missing), value=IGNORE),
+        seed=torch.tensor(seed, dtype=torch.int64),
+    )
+
+
+class StepGraphs:
+    """Graphs of `compute` (loss_sum of a Packed under a seed) and its gradient, one for each bucket that comes up.
+
+    `parameters` get their `.grad` added to, which must exist and stay where it is.
+    """
+
+    def __init__(self, compute: Compute, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._compute, self._parameters, self._device = compute, list(parameters), device
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Inputs]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._loss = torch.zeros((), device=device)
+        self._warm = False
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def add_gradient(self, batch: Batch, seed: int) -> Tensor:
+        """() float32: the loss sum of the batch, its gradient added to the parameters' `.grad`."""
+        bucket = bucket_of(batch)
+        filled = fill_bucket(batch, bucket, seed)
+        if bucket not in self._graphs:
+            try:
+                self._graphs[bucket] = self._capture(bucket, filled)
+            except torch.OutOfMemoryError:
+                self._graphs.clear()  # what the caller does next needs the room
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
+        graph, inputs = self._graphs[bucket]
+        for field in fields(Inputs):
+            getattr(inputs, field.name).copy_(getattr(filled, field.name).pin_memory(), non_blocking=True)
+        graph.replay()
+        return self._loss.clone()
+
+    def _capture(self, bucket: Bucket, filled: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs]:
+        inputs = Inputs(**{f.name: getattr(filled, f.name).to(self._device) for f in fields(Inputs)})
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            if not self._warm:  # kernels are compiled and libraries started outside of any graph
+                saved = torch._foreach_mul(self._grads(), 1.0)
+                self._once(inputs, bucket)
+                torch._foreach_copy_(self._grads(), saved)
+                del saved
+                self._warm = True
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                self._once(inputs, bucket)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        return graph, inputs
+
+    def _once(self, inputs: Inputs, bucket: Bucket) -> None:
+        loss = self._compute(inputs.packed(bucket.longest), inputs.seed)
+        grads: list[Tensor] = list(torch.autograd.grad(loss, self._parameters))
+        torch._foreach_add_(self._grads(), grads)
+        self._loss.copy_(loss.detach())
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
