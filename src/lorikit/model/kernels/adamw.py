@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikit.model.kernels.launch import Pointer, constexpr, kernel, launch, runs_kernel, tl
+from lorikit.model.kernels.launch import Pointer, Value, constexpr, kernel, launch, runs_kernel, tl
 
 _PARTS = 1024  # sums of squares
 _BLOCK = 1024  # elements of one program
@@ -114,7 +114,7 @@ def adamw_reference(
 
 @kernel("num_elements")
 def _squares_kernel(
-    grad_at: Pointer, parts_at: Pointer, step_at: Pointer, num_elements: Any, EACH: constexpr, BLOCK: constexpr
+    grad_at: Pointer, parts_at: Pointer, step_at: Pointer, num_elements: Value, EACH: constexpr, BLOCK: constexpr
 ) -> None:
     """parts[i] = the sum of squares of EACH blocks; the first program also counts the step."""
     part = tl.program_id(0)
@@ -129,7 +129,7 @@ def _squares_kernel(
 
 
 @kernel()
-def _one_less_power(log_beta: Any, step: Any) -> Any:
+def _one_less_power(log_beta: Value, step: Value) -> Any:
     """1 - beta^step to full precision also where the power is close to 1: by its series, else directly."""
     x = log_beta * step
     near = tl.maximum(x, -0.5)
@@ -148,16 +148,16 @@ def _update_kernel(
     norm_at: Pointer,
     step_at: Pointer,
     lr_at: Pointer,
-    num_elements: Any,
-    num_parts: Any,
-    rest_1: Any,  # 1 - beta_1, which float32 would round
-    rest_2: Any,
-    beta_2: Any,
-    log_beta_1: Any,
-    log_beta_2: Any,
-    eps: Any,
-    weight_decay: Any,
-    max_norm: Any,
+    num_elements: Value,
+    num_parts: Value,
+    rest_1: Value,  # 1 - beta_1, which float32 would round
+    rest_2: Value,
+    beta_2: Value,
+    log_beta_1: Value,
+    log_beta_2: Value,
+    eps: Value,
+    weight_decay: Value,
+    max_norm: Value,
     PARTS: constexpr,
     CLIP: constexpr,
     COPY: constexpr,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikit.model.kernels.launch import INTERPRETED, Pointer, constexpr, kernel, launch, tl
+from lorikit.model.kernels.launch import INTERPRETED, Pointer, Value, constexpr, kernel, launch, tl
 
 _C1, _C2, _STEP = 0x7FEB352D, 0x846CA68B, 0x9E3779B9
 _WORD = 2**32 - 1
@@ -108,21 +108,21 @@ def _signed(value: int, bits: int) -> int:
 
 
 @kernel()
-def mix_each(value: Any) -> Any:
+def mix_each(value: Value) -> Any:
     """`mix` of uint32 numbers."""
     value = (value ^ (value >> 16)) * 0x7FEB352D
     return (value ^ (value >> 15)) * 0x846CA68B
 
 
 @kernel()
-def hash_each(value: Any) -> Any:
+def hash_each(value: Value) -> Any:
     """`hash` of uint32 numbers."""
     value = mix_each(value)
     return value ^ (value >> 16)
 
 
 @kernel()
-def keys_of(seed: Any, stream: Any) -> Any:
+def keys_of(seed: Value, stream: Value) -> Any:
     """(k1, k2) of a seed (int64) and a stream."""
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     state = hash_each(hash_each(low) + high + 0x9E3779B9)
@@ -131,7 +131,7 @@ def keys_of(seed: Any, stream: Any) -> Any:
 
 
 @kernel()
-def kept(row_hash: Any, column_hash: Any, threshold: Any) -> Any:
+def kept(row_hash: Value, column_hash: Value, threshold: Value) -> Any:
     """Which elements of the tile (rows, columns) are kept, from the hashes r and c."""
     return mix_each(row_hash + column_hash).to(tl.int32, bitcast=True) >= threshold
 
@@ -140,10 +140,10 @@ def kept(row_hash: Any, column_hash: Any, threshold: Any) -> Any:
 def _mask_kernel(
     seed_at: Pointer,
     mask_at: Pointer,
-    stream: Any,
-    threshold: Any,
-    num_rows: Any,
-    width: Any,
+    stream: Value,
+    threshold: Value,
+    num_rows: Value,
+    width: Value,
     ROWS: constexpr,
     COLUMNS: constexpr,
 ) -> None:

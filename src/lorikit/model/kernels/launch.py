@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,15 @@ _FOUND = importlib.util.find_spec("triton") is not None
 triton: Any = importlib.import_module("triton") if _FOUND else None
 tl: Any = importlib.import_module("triton.language") if _FOUND else None
 
-# Annotations of kernel arguments: a tensor arrives as a pointer to its elements; Triton knows a compile-time value by the
-# annotation's text.
-Pointer = Any
-constexpr = Any
+# Annotations of kernel arguments. Triton looks them up, so they are its own: a tensor arrives as a pointer to its elements,
+# a number or a tile as a value, and what is constexpr is known when the kernel is compiled.
+if TYPE_CHECKING:
+    Pointer = Any
+    Value = Any
+    constexpr = Any
+else:
+    Pointer = Value = getattr(tl, "tensor", None)
+    constexpr = getattr(tl, "constexpr", None)
 
 INTERPRETED = _FOUND and os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED: Any = tl.constexpr(INTERPRETED) if _FOUND else None
@@ -59,7 +64,7 @@ def block(size: int, least: int = 16) -> int:
 
 
 @kernel()
-def dot(a: Any, b: Any, total: Any) -> Any:
+def dot(a: Value, b: Value, total: Value) -> Any:
     """total + a @ b in float32; float32 operands are not rounded to TF32. The interpreter's own dot knows no bfloat16."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")

@@ -64,7 +64,7 @@ def lora_a(x: Tensor, a: Tensor, p: float, seed: int | Tensor, streams: Sequence
         WIDTH=width,
         BLOCK_RANK=block(rank),
         TOKENS=_TOKENS,
-        COLUMNS=_COLUMNS,
+        COLUMNS=_fitting(_COLUMNS, modules * block(rank) * x.element_size()),
         SHARE=_SHARE,
         num_warps=4,
     )
@@ -95,7 +95,7 @@ def lora_a_backward(
     if not (_takes(x, a) and runs_kernel(grad) and (grad_x is None or grad_x.stride(1) == 1)):
         return lora_a_backward_reference(grad, x, a, p, seed, streams, grad_x, needs_x=needs_x)
     modules, rank, width = _grouped(a, p)
-    tokens = x.shape[0]
+    tokens, columns = x.shape[0], _fitting(_BACK_COLUMNS, modules * block(rank) * x.element_size())
     shares = (tokens + _BACK_SHARE - 1) // _BACK_SHARE
     partial = torch.empty((shares, *a.shape), dtype=torch.float32, device=x.device)
     out = grad_x
@@ -103,7 +103,7 @@ def lora_a_backward(
         out = torch.empty((tokens, width), dtype=x.dtype, device=x.device) if needs_x else x  # x: never written
     launch(
         backward_kernel,
-        ((width + _BACK_COLUMNS - 1) // _BACK_COLUMNS, shares),
+        ((width + columns - 1) // columns, shares),
         x,
         a.contiguous(),
         grad.contiguous(),
@@ -122,7 +122,7 @@ def lora_a_backward(
         WIDTH=width,
         BLOCK_RANK=block(rank),
         TOKENS=_BACK_TOKENS,
-        COLUMNS=_BACK_COLUMNS,
+        COLUMNS=columns,
         SHARE=_BACK_SHARE,
         num_warps=4,
     )
@@ -261,6 +261,11 @@ def _grouped(a: Tensor, p: float) -> tuple[int, int, int]:
     """(M, R, D); without dropout the matrices of all modules are one, if small enough."""
     modules, rank, width = a.shape
     return (1, modules * rank, width) if p == 0 and modules * rank <= MAX_RANK else (modules, rank, width)
+
+
+def _fitting(columns: int, bytes_each: int) -> int:
+    """`columns`, or fewer, so that the tiles of A take 16 KiB: a GPU's shared memory holds a few of them in flight."""
+    return max(16, min(columns, 1 << (16384 // bytes_each).bit_length() - 1))
 
 
 def _dropout(p: float, seed: int | Tensor, streams: Sequence[int], x: Tensor) -> tuple[Tensor | int, ...]:

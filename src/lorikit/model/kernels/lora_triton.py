@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorikit.model.kernels.dropout import hash_each, kept, keys_of
-from lorikit.model.kernels.launch import Pointer, constexpr, dot, kernel, tl
+from lorikit.model.kernels.launch import Pointer, Value, constexpr, dot, kernel, tl
 
 MAX_MODULES, MAX_RANK = 3, 64  # what registers hold the sums of
 
@@ -16,13 +16,13 @@ def forward_kernel(
     a_at: Pointer,
     partial_at: Pointer,
     seed_at: Pointer,
-    threshold: Any,
-    stream_0: Any,
-    stream_1: Any,
-    stream_2: Any,
-    num_tokens: Any,
-    x_row: Any,
-    scale: Any,
+    threshold: Value,
+    stream_0: Value,
+    stream_1: Value,
+    stream_2: Value,
+    num_tokens: Value,
+    x_row: Value,
+    scale: Value,
     DROP: constexpr,
     MODULES: constexpr,
     RANK: constexpr,
@@ -63,14 +63,14 @@ def forward_kernel(
 
 @kernel()
 def _times_a(
-    total: Any,
-    x: Any,
-    a_at: Any,
-    seed: Any,
-    stream: Any,
-    threshold: Any,
-    token: Any,
-    column: Any,
+    total: Value,
+    x: Value,
+    a_at: Value,
+    seed: Value,
+    stream: Value,
+    threshold: Value,
+    token: Value,
+    column: Value,
     DROP: constexpr,
     RANK: constexpr,
     WIDTH: constexpr,
@@ -85,7 +85,7 @@ def _times_a(
 
 
 @kernel()
-def _kept(seed: Any, stream: Any, threshold: Any, token: Any, column: Any) -> Any:
+def _kept(seed: Value, stream: Value, threshold: Value, token: Value, column: Value) -> Any:
     key_1, key_2 = keys_of(seed, stream)
     return kept(hash_each(token.to(tl.uint32) + key_1), hash_each(column.to(tl.uint32) + key_2), threshold)
 
@@ -98,14 +98,14 @@ def backward_kernel(
     out_at: Pointer,
     partial_at: Pointer,
     seed_at: Pointer,
-    threshold: Any,
-    stream_0: Any,
-    stream_1: Any,
-    stream_2: Any,
-    num_tokens: Any,
-    x_row: Any,
-    out_row: Any,
-    scale: Any,
+    threshold: Value,
+    stream_0: Value,
+    stream_1: Value,
+    stream_2: Value,
+    num_tokens: Value,
+    x_row: Value,
+    out_row: Value,
+    scale: Value,
     DROP: constexpr,
     NEEDS_X: constexpr,
     ADD: constexpr,
@@ -176,17 +176,17 @@ def backward_kernel(
 
 @kernel()
 def _module_backward(
-    grad_x: Any,
-    total: Any,
-    x: Any,
-    a_at: Any,
-    grad_at: Any,
-    seed: Any,
-    stream: Any,
-    threshold: Any,
-    token: Any,
-    column: Any,
-    num_tokens: Any,
+    grad_x: Value,
+    total: Value,
+    x: Value,
+    a_at: Value,
+    grad_at: Value,
+    seed: Value,
+    stream: Value,
+    threshold: Value,
+    token: Value,
+    column: Value,
+    num_tokens: Value,
     DROP: constexpr,
     RANK: constexpr,
     WIDTH: constexpr,
@@ -206,7 +206,7 @@ def _module_backward(
 
 @kernel("num_elements", "num_shares")
 def sum_kernel(
-    partial_at: Pointer, out_at: Pointer, num_elements: Any, num_shares: Any, SHARES: constexpr, BLOCK: constexpr
+    partial_at: Pointer, out_at: Pointer, num_elements: Value, num_shares: Value, SHARES: constexpr, BLOCK: constexpr
 ) -> None:
     """out[i] = sum over the shares of partial[share, i]; SHARES is the power of two that holds them."""
     at = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -224,15 +224,15 @@ def add_b_kernel(
     b_0: Pointer,
     b_1: Pointer,
     b_2: Pointer,
-    start_0: Any,
-    start_1: Any,
-    start_2: Any,
-    size_0: Any,
-    size_1: Any,
-    size_2: Any,
-    num_tokens: Any,
-    y_row: Any,
-    scale: Any,
+    start_0: Value,
+    start_1: Value,
+    start_2: Value,
+    size_0: Value,
+    size_1: Value,
+    size_2: Value,
+    num_tokens: Value,
+    y_row: Value,
+    scale: Value,
     MODULES: constexpr,
     RANK: constexpr,
     BLOCK_RANK: constexpr,
@@ -257,13 +257,13 @@ def add_b_kernel(
 
 @kernel()
 def _add_tile(
-    y_at: Any,
-    u_at: Any,
-    b_at: Any,
-    number: Any,
-    size: Any,
-    valid: Any,
-    scale: Any,
+    y_at: Value,
+    u_at: Value,
+    b_at: Value,
+    number: Value,
+    size: Value,
+    valid: Value,
+    scale: Value,
     RANK: constexpr,
     BLOCK_RANK: constexpr,
     COLUMNS: constexpr,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikit.model.kernels.launch import Pointer, block, constexpr, kernel, launch, runs_kernel, tl
+from lorikit.model.kernels.launch import Pointer, Value, block, constexpr, kernel, launch, runs_kernel, tl
 
 _WIDEST = 32768  # elements of a row that one program holds
 
@@ -126,7 +126,7 @@ def _run(function: Any, tensors: tuple[Tensor, ...], strides: tuple[int, ...], e
 
 
 @kernel()
-def _offsets(row: Any, column: Any, heads: Any, outer: Any, inner: Any) -> Any:
+def _offsets(row: Value, column: Value, heads: Value, outer: Value, inner: Value) -> Any:
     return (row // heads).to(tl.int64) * outer + (row % heads) * inner + column
 
 
@@ -137,11 +137,11 @@ def _forward_kernel(
     delta_at: Pointer,
     total_at: Pointer,
     y_at: Pointer,
-    num_rows: Any,
-    eps: Any,
-    heads: Any,
-    outer: Any,
-    inner: Any,
+    num_rows: Value,
+    eps: Value,
+    heads: Value,
+    outer: Value,
+    inner: Value,
     WIDTH: constexpr,
     ROWS: constexpr,
     COLUMNS: constexpr,
@@ -168,15 +168,15 @@ def _backward_kernel(
     weight_at: Pointer,
     grad_at: Pointer,
     out_at: Pointer,
-    num_rows: Any,
-    eps: Any,
-    heads: Any,
-    x_outer: Any,
-    x_inner: Any,
-    grad_outer: Any,
-    grad_inner: Any,
-    out_outer: Any,
-    out_inner: Any,
+    num_rows: Value,
+    eps: Value,
+    heads: Value,
+    x_outer: Value,
+    x_inner: Value,
+    grad_outer: Value,
+    grad_inner: Value,
+    out_outer: Value,
+    out_inner: Value,
     WIDTH: constexpr,
     ROWS: constexpr,
     COLUMNS: constexpr,

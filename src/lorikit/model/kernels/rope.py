@@ -8,11 +8,9 @@ rotation: the same with -sin.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from lorikit.model.kernels.launch import Pointer, block, constexpr, kernel, launch, runs_kernel, tl
+from lorikit.model.kernels.launch import Pointer, Value, block, constexpr, kernel, launch, runs_kernel, tl
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
@@ -84,10 +82,10 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
 
 @kernel()
 def _rotate_heads(
-    x_at: Any,
-    head_stride: Any,
-    c: Any,
-    s: Any,
+    x_at: Value,
+    head_stride: Value,
+    c: Value,
+    s: Value,
     HEADS: constexpr,
     HALF: constexpr,
     BLOCK: constexpr,
@@ -110,10 +108,10 @@ def _rope_kernel(
     cos_at: Pointer,
     sin_at: Pointer,
     position_at: Pointer,
-    q_token: Any,
-    q_head: Any,
-    k_token: Any,
-    k_head: Any,
+    q_token: Value,
+    q_head: Value,
+    k_token: Value,
+    k_head: Value,
     HEADS: constexpr,
     KV_HEADS: constexpr,
     HALF: constexpr,

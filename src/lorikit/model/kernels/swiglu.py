@@ -7,13 +7,11 @@ gate_up (T, 2F) holds g in the first F columns and u in the others; computed in 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from lorikit.model.kernels.launch import Pointer, constexpr, kernel, launch, runs_kernel, tl
+from lorikit.model.kernels.launch import Pointer, Value, constexpr, kernel, launch, runs_kernel, tl
 
 _BLOCK = 1024  # columns of one program
 
@@ -77,7 +75,7 @@ def _takes(*tensors: Tensor) -> bool:
 
 @kernel()
 def _forward_kernel(
-    gate_up_at: Pointer, out_at: Pointer, gate_up_row: Any, out_row: Any, WIDTH: constexpr, BLOCK: constexpr
+    gate_up_at: Pointer, out_at: Pointer, gate_up_row: Value, out_row: Value, WIDTH: constexpr, BLOCK: constexpr
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -93,9 +91,9 @@ def _backward_kernel(
     gate_up_at: Pointer,
     grad_at: Pointer,
     out_at: Pointer,
-    gate_up_row: Any,
-    grad_row: Any,
-    out_row: Any,
+    gate_up_row: Value,
+    grad_row: Value,
+    out_row: Value,
     WIDTH: constexpr,
     BLOCK: constexpr,
 ) -> None:
