@@ -28,12 +28,14 @@ from lorikit.model.load import load_engine
 from lorikit.train.metrics import peak_memory
 from lorikit.train.optim import Budget, compute_gradient, derived_seed, make_optimizer
 
+WARM_UP = 2  # steps that find their kernels; they count in all_steps_seconds only
+
 
 def main() -> None:
     arguments = parse()
     begun = time.perf_counter()
     config = load_config(
-        model={"name_or_path": str(arguments.model), "dtype": arguments.dtype},
+        model={"name_or_path": str(arguments.model), "dtype": arguments.dtype, "engine": arguments.engine},
         data={"train": "none"},
         lora={"r": 8, "lora_alpha": 32, "lora_dropout": arguments.dropout},
         train={"output_dir": "none", "gradient_checkpointing": arguments.checkpointing, "seed": 0},
@@ -45,10 +47,10 @@ def main() -> None:
     loaded = time.perf_counter() - begun
     optimizer = make_optimizer(engine, config.train)
     budget = Budget(arguments.max_tokens, engine.device.type, print)
-    rows = make_rows(arguments, arguments.batch * (arguments.steps + 2))
+    rows = make_rows(arguments, arguments.batch * (arguments.steps + WARM_UP))
     engine.train()
     seconds, tokens = [], []
-    for step in range(arguments.steps + 2):  # the first two find their kernels
+    for step in range(arguments.steps + WARM_UP):
         examples = rows[step * arguments.batch : (step + 1) * arguments.batch]
         started = time.perf_counter()
         gradient = compute_gradient(
@@ -61,16 +63,17 @@ def main() -> None:
         tokens.append(gradient.num_tokens)
         assert math.isfinite(gradient.loss_sum), "the loss is not finite"
         assert gradient.norm > 0, "there is no gradient: the figure would be worthless"
-    step_seconds = median(seconds[2:])
+    step_seconds = median(seconds[WARM_UP:])
     result = {
         "engine": engine.name,
-        "isolation": engine.isolation,
         "job": f"rows of {arguments.long}" if arguments.long else "tutorial",
         "rows_per_step": arguments.batch,
         "checkpointing": arguments.checkpointing,
         "dropout": arguments.dropout,
         "ms_per_step": round(step_seconds * 1000, 1),
-        "tokens_per_second": round(sum(tokens[2:]) / sum(seconds[2:])),
+        "steps": arguments.steps,
+        "all_steps_seconds": round(sum(seconds), 2),
+        "tokens_per_second": round(sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:])),
         "peak_gib": round(peak_memory(engine.device) / 2**30, 2),
         "loss": round(gradient.loss_sum / gradient.num_targets, 4),
         "grad_norm": round(gradient.norm, 4),
@@ -79,6 +82,11 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
     print(json.dumps(result))
+    if arguments.profile:
+        with torch.profiler.profile() as profile:
+            compute_gradient(engine, rows[: arguments.batch], budget, dropout_seed=1, max_norm=1.0)
+            optimizer.step()
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
 
 
 def parse() -> argparse.Namespace:
@@ -92,6 +100,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--profile", action="store_true", help="also print what one step spends its time on")
     arguments = parser.parse_args()
     if bool(arguments.rows) == bool(arguments.long):
         parser.error("give either --rows FILE or --long TOKENS")
@@ -106,7 +116,7 @@ def make_rows(arguments: argparse.Namespace, count: int) -> list[Example]:
     else:
         pairs = json.loads(arguments.rows.read_text())
         rng.shuffle(pairs)
-        pairs = pairs[:count]
+        pairs = [pairs[k % len(pairs)] for k in range(count)]
     return [Example(ids, [IGNORE] * cut + ids[cut:], f"row:{k}") for k, (ids, cut) in enumerate(pairs)]
 
 

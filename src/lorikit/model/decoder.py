@@ -25,7 +25,7 @@ from lorikit.model.decoder_graph import StepGraphs
 from lorikit.model.decoder_layer import Layer, Step, run_layer
 from lorikit.model.decoder_weights import Weights
 from lorikit.model.engine import Sampling, Token
-from lorikit.model.packed_attention import attend
+from lorikit.model.packed_attention import attend, is_varlen
 
 GRAPH_TOKENS = 8192  # in larger batches the GPU computes longer than Python takes to start its kernels
 
@@ -49,6 +49,8 @@ class DecoderEngine:
         self.layers = self._plain if adapter is None else self._adapted(adapter)
         self._tables = torch.empty(2, 0, shape.head_dim // 2)
         self._graphs: StepGraphs | None = None
+        # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
+        self._takes_graphs = is_varlen(weights.embed, shape.head_dim)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
@@ -67,7 +69,7 @@ class DecoderEngine:
 
         On a GPU as a replayed CUDA graph, where a batch is small enough for the starts of its kernels to matter.
         """
-        if self.device.type == "cuda" and batch.num_tokens <= GRAPH_TOKENS and batch.num_targets:
+        if self._takes_graphs and batch.num_tokens <= GRAPH_TOKENS and batch.num_targets:
             self._graphs = self._graphs or StepGraphs(self._loss_sum, self.parameters(), self.device)
             return self._graphs.add_gradient(batch, self._draw_seed())
         loss = self.loss_sum(batch)

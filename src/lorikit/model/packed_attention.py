@@ -72,9 +72,14 @@ class Sequences:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None, window: int) -> Tensor:
     """q (S, H, D), k and v (T, Hkv, D) -> (S, H, D), each sequence causal for itself; a window of 0 is none."""
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
+    if is_varlen(q, q.shape[-1]):
         return _varlen(q, k, v, sequences, scale, (window - 1 if window else -1, 0))
     return _by_sequence(q, k, v, sequences, scale, window)
+
+
+def is_varlen(tensor: Tensor, head_dim: int) -> bool:
+    """Whether tensors of this device and type, with heads of this size, go to FlashAttention in one call."""
+    return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0
 
 
 def _varlen(
