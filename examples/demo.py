@@ -28,7 +28,7 @@ from lorikit.errors import LorikitError
 EXAMPLES = Path(__file__).resolve().parent
 HELD_OUT = EXAMPLES / "persona_heldout.json"
 SHOWN = ("name", "trade", "house", "pet_name", "fear", "sister", "instrument", "dream")
-MAX_NEW_TOKENS = 40  # a tuned answer has about 15; the base seldom comes to an end at all
+MAX_NEW_TOKENS = 36  # a tuned answer has about 15; the base seldom comes to an end at all
 
 
 @dataclass(frozen=True, slots=True)
