@@ -390,6 +390,23 @@ def test_the_interpreter_runs_the_kernels_and_nothing_else_does_on_a_cpu():
     assert runs_kernel(torch.ones(1)) is INTERPRETER
 
 
+def test_norm_and_rope_are_transformers_own():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, norm = torch.randn(7, 96).to(dtype), LlamaRMSNorm(96, eps=EPS).to(dtype)
+        torch.nn.init.normal_(norm.weight, 1.0, 0.25)
+        want = norm(x).detach()
+        close(rmsnorm(x, norm.weight.detach(), EPS), want.double(), dtype)
+        assert INTERPRETER or torch.equal(rmsnorm(x, norm.weight.detach(), EPS), want)
+    q, k, (cos, sin) = torch.randn(5, 4, 16), torch.randn(5, 2, 16), tables(5, 16)
+    doubled = (torch.cat([t, t], -1)[None] for t in (cos, sin))
+    want = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *doubled)
+    rope(q, k, cos, sin, torch.arange(5))
+    for got, expected in zip((q, k), want, strict=True):
+        close(got, expected[0].transpose(0, 1).double(), torch.float32)
+
+
 @pytest.mark.skipif(INTERPRETER, reason="this is the inner process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which also interprets on a CPU")
 def test_the_triton_kernels_pass_these_tests_in_the_interpreter():
