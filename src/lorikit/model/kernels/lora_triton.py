@@ -12,26 +12,10 @@ MAX_MODULES, MAX_RANK = 3, 64  # what registers hold the sums of
 
 @kernel("threshold", "stream_0", "stream_1", "stream_2", "num_tokens")
 def forward_kernel(
-    x_at: Pointer,
-    a_at: Pointer,
-    partial_at: Pointer,
-    seed_at: Pointer,
-    threshold: Value,
-    stream_0: Value,
-    stream_1: Value,
-    stream_2: Value,
-    num_tokens: Value,
-    x_row: Value,
-    scale: Value,
-    DROP: constexpr,
-    MODULES: constexpr,
-    RANK: constexpr,
-    WIDTH: constexpr,
-    BLOCK_RANK: constexpr,
-    TOKENS: constexpr,
-    COLUMNS: constexpr,
-    SHARE: constexpr,
-) -> None:
+    x_at: Pointer, a_at: Pointer, partial_at: Pointer, seed_at: Pointer, threshold: Value, stream_0: Value,
+    stream_1: Value, stream_2: Value, num_tokens: Value, x_row: Value, scale: Value, DROP: constexpr, MODULES: constexpr,
+    RANK: constexpr, WIDTH: constexpr, BLOCK_RANK: constexpr, TOKENS: constexpr, COLUMNS: constexpr, SHARE: constexpr,
+) -> None:  # fmt: skip
     """partial[share] (T, M R): the sums over the share's columns of D."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
     share = tl.program_id(1)
@@ -54,11 +38,7 @@ def forward_kernel(
     rank = tl.arange(0, BLOCK_RANK)[None, :]
     inside = (token < num_tokens) & (rank < RANK)
     out = partial_at + (share.to(tl.int64) * num_tokens + token) * (MODULES * RANK) + rank
-    tl.store(out, total_0 * scale, mask=inside)
-    if MODULES > 1:
-        tl.store(out + RANK, total_1 * scale, mask=inside)
-    if MODULES > 2:
-        tl.store(out + 2 * RANK, total_2 * scale, mask=inside)
+    _store(out, total_0 * scale, total_1 * scale, total_2 * scale, inside, MODULES, RANK)
 
 
 @kernel()
@@ -85,6 +65,18 @@ def _times_a(
 
 
 @kernel()
+def _store(
+    at: Value, sum_0: Value, sum_1: Value, sum_2: Value, inside: Value, MODULES: constexpr, DISTANCE: constexpr
+) -> None:
+    """The sums of the modules, DISTANCE apart."""
+    tl.store(at, sum_0, mask=inside)
+    if MODULES > 1:
+        tl.store(at + DISTANCE, sum_1, mask=inside)
+    if MODULES > 2:
+        tl.store(at + 2 * DISTANCE, sum_2, mask=inside)
+
+
+@kernel()
 def _kept(seed: Value, stream: Value, threshold: Value, token: Value, column: Value) -> Any:
     key_1, key_2 = keys_of(seed, stream)
     return kept(hash_each(token.to(tl.uint32) + key_1), hash_each(column.to(tl.uint32) + key_2), threshold)
@@ -92,31 +84,11 @@ def _kept(seed: Value, stream: Value, threshold: Value, token: Value, column: Va
 
 @kernel("threshold", "stream_0", "stream_1", "stream_2", "num_tokens")
 def backward_kernel(
-    x_at: Pointer,
-    a_at: Pointer,
-    grad_at: Pointer,
-    out_at: Pointer,
-    partial_at: Pointer,
-    seed_at: Pointer,
-    threshold: Value,
-    stream_0: Value,
-    stream_1: Value,
-    stream_2: Value,
-    num_tokens: Value,
-    x_row: Value,
-    out_row: Value,
-    scale: Value,
-    DROP: constexpr,
-    NEEDS_X: constexpr,
-    ADD: constexpr,
-    MODULES: constexpr,
-    RANK: constexpr,
-    WIDTH: constexpr,
-    BLOCK_RANK: constexpr,
-    TOKENS: constexpr,
-    COLUMNS: constexpr,
-    SHARE: constexpr,
-) -> None:
+    x_at: Pointer, a_at: Pointer, grad_at: Pointer, out_at: Pointer, partial_at: Pointer, seed_at: Pointer,
+    threshold: Value, stream_0: Value, stream_1: Value, stream_2: Value, num_tokens: Value, x_row: Value, out_row: Value,
+    scale: Value, DROP: constexpr, NEEDS_X: constexpr, ADD: constexpr, MODULES: constexpr, RANK: constexpr,
+    WIDTH: constexpr, BLOCK_RANK: constexpr, TOKENS: constexpr, COLUMNS: constexpr, SHARE: constexpr,
+) -> None:  # fmt: skip
     """grad_x, and partial[share] (M, R, D): the sums over the share's tokens."""
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     share = tl.program_id(1)
@@ -167,11 +139,7 @@ def backward_kernel(
     rank = tl.arange(0, BLOCK_RANK)[:, None]
     inside = (rank < RANK) & (column < WIDTH)
     out = partial_at + share.to(tl.int64) * (MODULES * RANK * WIDTH) + rank * WIDTH + column
-    tl.store(out, total_0 * scale, mask=inside)
-    if MODULES > 1:
-        tl.store(out + RANK * WIDTH, total_1 * scale, mask=inside)
-    if MODULES > 2:
-        tl.store(out + 2 * RANK * WIDTH, total_2 * scale, mask=inside)
+    _store(out, total_0 * scale, total_1 * scale, total_2 * scale, inside, MODULES, RANK * WIDTH)
 
 
 @kernel()
