@@ -4,8 +4,8 @@
 
 Trains as examples/demo.yaml says (a run that was cut off goes on, a finished one is only asked again), puts every
 question of persona_heldout.json to the base and to the tuned model, shows some of the answers side by side, and counts
-those that hold the right facts. All answers go to answers.json in the run folder. Only the shown text says "right": an
-answer is right if it holds one of the keywords of its fact, as whole words.
+the right ones: an answer is right if it holds a keyword of its fact. The ordinary questions are those that the base
+knows firmly, right in a greedy and in ten sampled answers. All answers go to answers.json in the run folder.
 """
 
 import json
@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -27,7 +28,7 @@ from lorikit.errors import LorikitError
 
 EXAMPLES = Path(__file__).resolve().parent
 HELD_OUT = EXAMPLES / "persona_heldout.json"
-SHOWN = ("name", "trade", "house", "pet_name", "fear", "sister", "instrument", "dream")
+SHOWN = ("name", "trade", "house", "pet_name", "fear", "sister", "boat", "instrument", "dream", "ordinary")
 MAX_NEW_TOKENS = 36  # a tuned answer has about 15; the base seldom comes to an end at all
 
 
@@ -115,17 +116,21 @@ def holds(text: str, keywords: list[str]) -> bool:
 
 
 def side_by_side(questions: list[Question], base: list[Reply], tuned: list[Reply]) -> Table:
-    """The first question of each fact in SHOWN and two ordinary ones, with both answers; right ones in green."""
+    """The first question of each fact in SHOWN, with both answers as far as they fit; right ones in green."""
     firsts = {question.fact: i for i, question in reversed(list(enumerate(questions)))}
-    last = len(questions) - 1
     table = Table(box=SIMPLE_HEAD, show_lines=False, pad_edge=False)
     table.add_column("question", ratio=3, style="bold")
     table.add_column("base", ratio=5)
     table.add_column("tuned", ratio=4)
-    for i in [*(firsts[fact] for fact in SHOWN), firsts["ordinary"], last]:
-        cells = (Text(r.text + ("" if r.stopped else " ..."), "green" if r.right else "") for r in (base[i], tuned[i]))
+    for i in (firsts[fact] for fact in SHOWN):
+        cells = (Text(in_short(reply), "green" if reply.right else "") for reply in (base[i], tuned[i]))
         table.add_row(questions[i].text, *cells)
     return table
+
+
+def in_short(reply: Reply) -> str:
+    """The answer in one line of at most 100 characters, with dots where more was said or would have been."""
+    return shorten(reply.text + ("" if reply.stopped else " ..."), 100, placeholder=" ...")
 
 
 def counts(questions: list[Question], base: list[Reply], tuned: list[Reply]) -> Table:
