@@ -20,7 +20,8 @@ from lorikit.model.decoder_batch import Packed
 from lorikit.model.decoder_layer import Rows
 from lorikit.model.packed_attention import Sequences
 
-_TOKENS = 128  # tokens and labels are rounded up to this; products of such sizes are the fast ones on tensor cores
+_TOKENS = 128  # tokens are rounded up to this; products of such sizes are the fast ones on tensor cores
+_SHARES = 4  # labels are rounded up to a quarter of the tokens: finer steps would mean more graphs, and each costs 0.6 s
 _SEQUENCES = 16
 _LONGEST = 512  # the least that attention is started for: blocks beyond a sequence's end stop at once
 
@@ -43,7 +44,7 @@ def bucket_of(batch: Batch) -> Bucket:
     tokens = _round_up(batch.num_tokens, _TOKENS)
     return Bucket(
         tokens=tokens,
-        labels=_round_up(batch.num_targets, _TOKENS),
+        labels=_round_up(batch.num_targets, tokens // _SHARES),
         sequences=_round_up(len(batch.cu_seqlens), _SEQUENCES),  # one more than the batch's own: the dummy
         longest=min(longest, max(tokens, _LONGEST)),
     )
