@@ -8,7 +8,7 @@ from lorikit.data.pack import pack
 from lorikit.data.values import IGNORE
 from lorikit.model.decoder_graph import Bucket, bucket_of, fill_bucket
 from lorikit.model.load import load_engine
-from test_decoder import gradients, randomize_b, rows, save, settings
+from tiny_decoder import gradients, randomize_b, rows, save, settings
 
 
 def engine_for(folder, dropout=0.0, **changes):

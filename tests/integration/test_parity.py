@@ -19,10 +19,10 @@ STEPS, ROWS_PER_STEP = 20, 4
 TOPICS = ["bread", "rain", "clocks", "the sea", "my garden", "old trains", "a blue door", "figs"]
 
 
-@pytest.fixture(scope="module")
-def setting():
+@pytest.fixture(scope="module", params=["generic", "decoder"])
+def setting(request):
     config = load_config(
-        model={"name_or_path": "smollm2-135m-instruct", "dtype": "float32", "device": "cpu"},
+        model={"name_or_path": "smollm2-135m-instruct", "dtype": "float32", "device": "cpu", "engine": request.param},
         data={"train": "none"},
         lora={"r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]},
         train={
@@ -118,4 +118,6 @@ def test_twenty_steps_packed_or_split_give_the_adapter_of_the_trainer(setting, t
     assert split_losses == pytest.approx(losses, rel=1e-5)
     assert peer_losses == pytest.approx(losses, rel=2e-4)  # the Trainer logs four decimals
     assert difference(split, packed) < 1e-4
-    assert difference(packed, peer) < 1e-4
+    # The decoder adds in another order than the peer. AdamW's first steps divide each gradient by its own size, which
+    # makes the rounding of the smallest ones as large as anything else.
+    assert difference(packed, peer) < (1e-4 if config.model.engine == "generic" else 5e-4)

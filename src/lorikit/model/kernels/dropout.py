@@ -71,8 +71,10 @@ def dropout_mask_reference(
     threshold, size, width = signed_threshold(p), torch.Size(shape), shape[-1] if len(shape) else 1
     rows = size.numel() // max(width, 1)
     key_1, key_2 = (_signed(key, 32) for key in _keys(int(seed) & (2**64 - 1), stream & _WORD))
-    numbers = torch.arange(max(rows, width), dtype=torch.int32, device=device)
-    row, column = (_hash_all(numbers[:n] + key) for n, key in ((rows, key_1), (width, key_2)))
+    numbers = torch.cat(
+        [torch.arange(n, dtype=torch.int32, device=device) + key for n, key in ((rows, key_1), (width, key_2))]
+    )
+    row, column = torch.split(_hash_all(numbers), [rows, width])  # in one go: on a CPU the starts of operations count
     return (_mix_all(row[:, None] + column) >= threshold).view(size)
 
 
