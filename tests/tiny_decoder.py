@@ -87,12 +87,12 @@ def rows(count=5, seed=0, longest=17, one_token=False):
     return examples
 
 
-def randomize_b(engine, seed=1):
+def randomize_b(engine, seed=1, std=0.1):
     generator = torch.Generator().manual_seed(seed)
     state = engine.adapter_state()
     for name, value in state.items():
         if "lora_B" in name:
-            value.normal_(0, 0.1, generator=generator)
+            value.normal_(0, std, generator=generator)
     engine.load_adapter_state(state)
 
 
@@ -115,7 +115,9 @@ def peer_loss(peer, examples):
     total = torch.zeros(())
     for example in examples:  # a row at a time: no padding can disturb it
         ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
-        total = total + cross_entropy(peer(input_ids=ids).logits[0, :-1].float(), labels[1:], reduction="sum")
+        logits = peer(input_ids=ids).logits[0, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = total + cross_entropy(logits, labels[1:], reduction="sum")
     return total
 
 
