@@ -35,7 +35,12 @@ def main() -> None:
     arguments = parse()
     begun = time.perf_counter()
     config = load_config(
-        model={"name_or_path": str(arguments.model), "dtype": arguments.dtype, "engine": arguments.engine},
+        model={
+            "name_or_path": str(arguments.model),
+            "dtype": arguments.dtype,
+            "engine": arguments.engine,
+            "cuda_graphs": arguments.graphs,
+        },
         data={"train": "none"},
         lora={"r": 8, "lora_alpha": 32, "lora_dropout": arguments.dropout},
         train={"output_dir": "none", "gradient_checkpointing": arguments.checkpointing, "seed": 0},
@@ -101,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engine", default="auto")
+    parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs (engine decoder)")
     parser.add_argument("--profile", action="store_true", help="also print what one step spends its time on")
     arguments = parser.parse_args()
     if bool(arguments.rows) == bool(arguments.long):

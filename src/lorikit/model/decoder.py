@@ -40,7 +40,13 @@ class DecoderEngine:
     choice = ""
 
     def __init__(
-        self, shape: DecoderShape, weights: Weights, adapter: Adapter | None = None, *, checkpoint: bool = False
+        self,
+        shape: DecoderShape,
+        weights: Weights,
+        adapter: Adapter | None = None,
+        *,
+        checkpoint: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.shape, self.weights, self.adapter, self.checkpoint = shape, weights, adapter, checkpoint
         self.device = weights.embed.device
@@ -50,7 +56,7 @@ class DecoderEngine:
         self._tables = torch.empty(2, 0, shape.head_dim // 2)
         self._graphs: StepGraphs | None = None
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
-        self._takes_graphs = is_varlen(weights.embed, shape.head_dim)
+        self._takes_graphs = graphs and is_varlen(weights.embed, shape.head_dim)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""

@@ -49,7 +49,9 @@ def plan(
     return Plan(base, shape, None, _new_values(new, targets), _modules(shape, targets), True)
 
 
-def load(plan: Plan, dtype: torch.dtype, device: torch.device, *, seed: int, checkpoint: bool) -> DecoderEngine:
+def load(
+    plan: Plan, dtype: torch.dtype, device: torch.device, *, seed: int, checkpoint: bool, graphs: bool = False
+) -> DecoderEngine:
     """The engine. ModelError for damaged weights or an adapter that does not fit, OutOfMemoryError where the weights do
     not fit the device."""
     import torch
@@ -75,7 +77,7 @@ def load(plan: Plan, dtype: torch.dtype, device: torch.device, *, seed: int, che
         adapter.initialise(seed)
     else:
         adapter.load(lora.read_weights(plan.adapter), f"{plan.adapter} does not fit the base {base.name}")
-    return DecoderEngine(plan.shape, weights, adapter, checkpoint=checkpoint)
+    return DecoderEngine(plan.shape, weights, adapter, checkpoint=checkpoint, graphs=graphs)
 
 
 def _settings_reason(config: ModelConfig, new: LoraSettings | None, device: torch.device) -> str | None:

@@ -69,7 +69,12 @@ def load_engine(
         plan = decoder_load.plan(config, base, adapter, new_adapter, device)
         if not isinstance(plan, str):
             return decoder_load.load(
-                plan, pick_dtype(config.dtype, device), device, seed=seed, checkpoint=gradient_checkpointing
+                plan,
+                pick_dtype(config.dtype, device),
+                device,
+                seed=seed,
+                checkpoint=gradient_checkpointing,
+                graphs=config.cuda_graphs,
             )
         if config.engine == "decoder":
             raise ModelError(f"{base.name}: the decoder cannot take it, {plan}; set model.engine: auto or generic")
