@@ -76,7 +76,7 @@ def test_every_run_shown_in_a_document_can_be_loaded(page, tmp_path):
     for number, block in enumerate(blocks(page, "yaml")):
         file = tmp_path / f"{number}.yaml"
         file.write_text(block, encoding="utf-8")
-        load_config(file)
+        assert load_config(file).train.output_dir
 
 
 @pytest.mark.parametrize("line", LORIKIT_COMMANDS)

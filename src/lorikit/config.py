@@ -145,7 +145,7 @@ class TrainConfig(Group):
     save_total_limit: Positive | None = 2
     """Checkpoints to keep, besides the best; null keeps all."""
     save_on_each_node: bool = False
-    """With several machines: each writes its own run folder."""
+    """Accepted as in the tutorial; without effect yet, since one process trains and writes one run folder."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Initial adapter, order of rows, dropout."""
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)

@@ -127,6 +127,7 @@ class _Sequences:
         back = positions[:, None] - torch.arange(self.longest, device=device)[None]  # (N, P)
 
         def attend_cached(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """q (N, H, E), k and v (N, K, E) of one new token a sequence -> (N, H, E), over all that is cached."""
             keys, values = self.keys[layer.number], self.values[layer.number]
             keys[rows, positions], values[rows, positions] = k, v
             mask = (back >= 0) & (back < (layer.window or self.longest))

@@ -21,7 +21,7 @@ from lorikit.model.decoder_layer import Rows
 from lorikit.model.packed_attention import Sequences
 
 _TOKENS = 128  # tokens are rounded up to this; products of such sizes are the fast ones on tensor cores
-_SHARES = 4  # labels are rounded up to a quarter of the tokens; finer steps mean more graphs, and each costs 0.6 s
+_SHARES = 4  # labels are rounded up to a quarter of the tokens; finer steps mean more graphs to capture
 _SEQUENCES = 16
 _LONGEST = 512  # the least that attention is started for: blocks beyond a sequence's end stop at once
 

@@ -49,6 +49,7 @@ def _chunks(h: Tensor, targets: Tensor, head: Tensor) -> list[tuple[Tensor, Tens
 class _LossSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, head: Tensor, targets: Tensor) -> Tensor:
+        """The loss of all chunks; keeps the gradient of x (L, D) and no logits."""
         h = rmsnorm(x, norm, eps)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grads = []
