@@ -117,6 +117,7 @@ def test_a_replayed_graph_gives_what_its_kernels_give_one_by_one(base, dropout):
         eager = engine._loss_sum(moved.packed(bucket.longest), moved.seed)
         eager.backward()
         assert loss == pytest.approx(float(eager), rel=1e-3)
+        del eager
         for name, p in zip(engine.parameter_names(), engine.parameters(), strict=True):
             error, size = float((p.grad - graphed[name]).norm()), float(graphed[name].norm())
             assert error <= 1e-2 * size, f"step {seed}, {name}: {error} of {size}"

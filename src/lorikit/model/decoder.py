@@ -53,7 +53,7 @@ class DecoderEngine:
         self.training = False
         self._plain = [Layer(n, shape, w) for n, w in enumerate(weights.layers)]
         self.layers = self._plain if adapter is None else self._adapted(adapter)
-        self._tables = torch.empty(2, 0, shape.head_dim // 2)
+        self._tables: dict[int, Tensor] = {}  # none is ever freed: captured graphs go on reading theirs
         self._graphs: StepGraphs | None = None
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
         self._takes_graphs = graphs and is_varlen(weights.embed, shape.head_dim)
@@ -137,11 +137,11 @@ class DecoderEngine:
     @torch.no_grad()
     def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin (P, E/2) float32 of at least the first `positions` positions."""
-        if self._tables.shape[1] < positions:
-            count = 1 << (positions - 1).bit_length()
+        count = 1 << (positions - 1).bit_length()
+        if count not in self._tables:
             angles = torch.outer(torch.arange(count).float(), inverse_frequencies(self.shape.rope, self.shape.head_dim))
-            self._tables = torch.stack([angles.cos(), angles.sin()]).to(self.device)
-        cos, sin = self._tables
+            self._tables[count] = torch.stack([angles.cos(), angles.sin()]).to(self.device)
+        cos, sin = self._tables[count]
         return cos, sin
 
     def run(self, input_ids: Tensor, step: Step) -> Tensor:

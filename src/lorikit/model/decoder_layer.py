@@ -209,7 +209,8 @@ def _attention_backward(
     """grad_a (L, H E) -> the gradient of h (T, D) and those of the adapters of q, k, v."""
     w, loras, eps, rows = layer.weights, layer.loras, layer.shape.eps, step.rows(layer)
     if rows is not None and rows.labelled is not None:
-        grad_a = grad_a.new_zeros(len(rows.queries), grad_a.shape[1]).index_copy_(0, rows.labelled, grad_a)
+        # A bucket's spare rows name a label's own row again, with a gradient of zero: they are added, not copied.
+        grad_a = grad_a.new_zeros(len(rows.queries), grad_a.shape[1]).index_add_(0, rows.labelled, grad_a)
     grad_q, grad_k, grad_v = torch.autograd.grad(kept.attended, (kept.q, kept.k, kept.v), grad_a.view_as(kept.attended))
     grad_qkv = [grad_q.contiguous(), grad_k.contiguous(), grad_v]
     _turn(rope_backward, grad_qkv[0], grad_qkv[1], step, rows)
