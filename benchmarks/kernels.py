@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikit.model.kernels import adamw, dropout, lora, rmsnorm, rope, swiglu
+from lorikit.model.kernels import adamw, dropout, lora_a, lora_b, rmsnorm, rope, swiglu
 from lorikit.model.kernels.launch import runs_kernel
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD, RANK = 4096, 14336, 32, 8, 128, 8
@@ -274,9 +274,9 @@ def down_projection(modules: int, width: int) -> Callable[[int], Case]:
         rest = (P, torch.tensor(SEED, device="cuda"), range(modules))
         plain = (P, SEED, range(modules))
         return Case(
-            lambda: (lora.lora_a(x, a, *rest),),
-            lambda: lora.lora_a_reference(x, a, *plain),
-            lambda: (lora.lora_a_reference(x.float(), a.float(), *plain),),
+            lambda: (lora_a.lora_a(x, a, *rest),),
+            lambda: lora_a.lora_a_reference(x, a, *plain),
+            lambda: (lora_a.lora_a_reference(x.float(), a.float(), *plain),),
             bytes_of(x, a),
         )
 
@@ -293,18 +293,18 @@ def down_projection_backward(modules: int, width: int) -> Callable[[int], Case]:
         plain = (P, SEED, range(modules))
 
         def run() -> tuple[Tensor, ...]:
-            into, grad_a = lora.lora_a_backward(grad, x, a, *rest, grad_x)
+            into, grad_a = lora_a.lora_a_backward(grad, x, a, *rest, grad_x)
             assert into is not None
             return into, grad_a
 
         def want() -> tuple[Tensor, ...]:
-            into, grad_a = lora.lora_a_backward_reference(grad.float(), x.float(), a.float(), *plain, grad_x.float())
+            into, grad_a = lora_a.lora_a_backward_reference(grad.float(), x.float(), a.float(), *plain, grad_x.float())
             assert into is not None
             return into, grad_a
 
         return Case(
             run,
-            lambda: lora.lora_a_backward_reference(grad, x, a, *plain, grad_x),
+            lambda: lora_a.lora_a_backward_reference(grad, x, a, *plain, grad_x),
             want,
             bytes_of(x, a, grad, grad_x, grad_x) + 2 * bytes_of(a),
         )
@@ -320,15 +320,15 @@ def up_projection(sizes: list[int]) -> Callable[[int], Case]:
         b, starts = [random(size, RANK) for size in sizes], [sum(sizes[:m]) for m in range(len(sizes))]
 
         def run() -> tuple[Tensor, ...]:
-            lora.add_lora_b(y, u, b, starts, SCALE)
+            lora_b.add_lora_b(y, u, b, starts, SCALE)
             return (y,)
 
         def want() -> tuple[Tensor, ...]:
             wide = y.float()
-            lora.add_lora_b_reference(wide, u.float(), [matrix.float() for matrix in b], starts, SCALE)
+            lora_b.add_lora_b_reference(wide, u.float(), [matrix.float() for matrix in b], starts, SCALE)
             return (wide,)
 
-        return Case(run, lambda: lora.add_lora_b_reference(y, u, b, starts, SCALE), want, bytes_of(y, y, u, *b))
+        return Case(run, lambda: lora_b.add_lora_b_reference(y, u, b, starts, SCALE), want, bytes_of(y, y, u, *b))
 
     return make
 
@@ -341,12 +341,12 @@ def up_projection_backward(sizes: list[int]) -> Callable[[int], Case]:
         b, starts = [random(size, RANK) for size in sizes], [sum(sizes[:m]) for m in range(len(sizes))]
 
         def run() -> tuple[Tensor, ...]:
-            grad_u, grad_b = lora.lora_b_backward(grad, u, b, starts, SCALE)
+            grad_u, grad_b = lora_b.lora_b_backward(grad, u, b, starts, SCALE)
             return grad_u, *grad_b
 
         def want() -> tuple[Tensor, ...]:
             wide = [matrix.float() for matrix in b]
-            grad_u, grad_b = lora.lora_b_backward(grad.float(), u.float(), wide, starts, SCALE)
+            grad_u, grad_b = lora_b.lora_b_backward(grad.float(), u.float(), wide, starts, SCALE)
             return grad_u, *grad_b
 
         return Case(run, run, want, bytes_of(grad, u, u, *b) + 2 * bytes_of(*b))
@@ -357,21 +357,19 @@ def up_projection_backward(sizes: list[int]) -> Callable[[int], Case]:
 def optimizer(_: int) -> Case:
     param, grad, exp_avg = (torch.randn(ADAPTER, device="cuda") / 100 for _ in range(3))
     exp_avg_sq = exp_avg.square()
-    step, lr = torch.tensor(3.0, device="cuda"), torch.tensor(1e-4, device="cuda")
-    copy = torch.empty(ADAPTER, dtype=torch.bfloat16, device="cuda")
-    rest = ((0.9, 0.999), 1e-8, 0.01, 1.0)
+    rest = (4, 1e-4, (0.9, 0.999), 1e-8, 0.01, 1.0)
 
     def run() -> tuple[Tensor, ...]:
-        norm = adamw.adamw_step(param, grad, exp_avg, exp_avg_sq, step, lr, *rest, compute_copy=copy)
-        return param, exp_avg, exp_avg_sq, norm, copy
+        norm = adamw.adamw_step(param, grad, exp_avg, exp_avg_sq, *rest)
+        return param, exp_avg, exp_avg_sq, norm
 
     def want() -> tuple[Tensor, ...]:
-        state = param.clone(), grad, exp_avg.clone(), exp_avg_sq.clone(), step.clone()
-        norm = adamw.adamw_reference(*state, lr, *rest)
-        return state[0], state[2], state[3], norm, state[0]
+        state = param.clone(), grad, exp_avg.clone(), exp_avg_sq.clone()
+        norm = adamw.adamw_reference(*state, *rest)
+        return state[0], state[2], state[3], norm
 
     def plain() -> Tensor:
-        return adamw.adamw_reference(param, grad, exp_avg, exp_avg_sq, step, lr, *rest, copy)
+        return adamw.adamw_reference(param, grad, exp_avg, exp_avg_sq, *rest)
 
     num_bytes = 2 * bytes_of(param, exp_avg, exp_avg_sq) + bytes_of(grad, copy)
     return Case(run, plain, want, num_bytes, torch.float32)

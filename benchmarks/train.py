@@ -25,8 +25,9 @@ from lorikit.config import load_config
 from lorikit.data.values import IGNORE, Example
 from lorikit.hub import Resolved
 from lorikit.model.load import load_engine
+from lorikit.train.adamw import make_optimizer
 from lorikit.train.metrics import peak_memory
-from lorikit.train.optim import Budget, compute_gradient, derived_seed, make_optimizer
+from lorikit.train.optim import Budget, derived_seed, take_step
 
 WARM_UP = 2  # steps that find their kernels; they count in all_steps_seconds only
 
@@ -58,16 +59,15 @@ def main() -> None:
     for step in range(arguments.steps + WARM_UP):
         examples = rows[step * arguments.batch : (step + 1) * arguments.batch]
         started = time.perf_counter()
-        gradient = compute_gradient(
-            engine, examples, budget, dropout_seed=derived_seed(0, "dropout", step), max_norm=1.0
+        done = take_step(
+            engine, optimizer, examples, budget, dropout_seed=derived_seed(0, "dropout", step), learning_rate=1e-4
         )
-        optimizer.step()
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-        tokens.append(gradient.num_tokens)
-        assert math.isfinite(gradient.loss_sum), "the loss is not finite"
-        assert gradient.norm > 0, "there is no gradient: the figure would be worthless"
+        tokens.append(done.num_tokens)
+        assert math.isfinite(done.loss_sum), "the loss is not finite"
+        assert done.norm > 0, "there is no gradient: the figure would be worthless"
     step_seconds = median(seconds[WARM_UP:])
     result = {
         "engine": engine.name,
@@ -80,8 +80,8 @@ def main() -> None:
         "all_steps_seconds": round(sum(seconds), 2),
         "tokens_per_second": round(sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:])),
         "peak_gib": round(peak_memory(engine.device) / 2**30, 2),
-        "loss": round(gradient.loss_sum / gradient.num_targets, 4),
-        "grad_norm": round(gradient.norm, 4),
+        "loss": round(done.loss_sum / done.num_targets, 4),
+        "grad_norm": round(done.norm, 4),
         "load_seconds": round(loaded, 1),
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else platform.processor(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
@@ -89,8 +89,7 @@ def main() -> None:
     print(json.dumps(result))
     if arguments.profile:
         with torch.profiler.profile() as profile:
-            compute_gradient(engine, rows[: arguments.batch], budget, dropout_seed=1, max_norm=1.0)
-            optimizer.step()
+            take_step(engine, optimizer, rows[: arguments.batch], budget, dropout_seed=1, learning_rate=1e-4)
         print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
 
 

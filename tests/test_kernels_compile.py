@@ -20,20 +20,28 @@ LAUNCHES = {
     "swiglu._forward_kernel": ("*x *x i32 i32", {"WIDTH": 14336, "BLOCK": 1024}),
     "swiglu._backward_kernel": ("*x *x *x i32 i32 i32", {"WIDTH": 14336, "BLOCK": 1024}),
     "dropout._mask_kernel": ("*i64 *i8 i32 i32 i32 i32", {"ROWS": 16, "COLUMNS": 128}),
-    "lora_triton.forward_kernel": (
+    "lora_a_triton.forward_kernel": (
         "*x *x *fp32 *i64 i32 i32 i32 i32 i32 i32 fp32",
         DROPPING | {"COLUMNS": 128, "SHARE": 512},
     ),
-    "lora_triton.backward_kernel": (
+    "lora_a_triton.backward_kernel": (
         "*x *x *x *x *fp32 *i64 i32 i32 i32 i32 i32 i32 i32 fp32",
         DROPPING | {"NEEDS_X": True, "ADD": True, "COLUMNS": 64, "SHARE": 256},
     ),
-    "lora_triton.sum_kernel": ("*fp32 *x i32 i32", {"SHARES": 8, "BLOCK": 512}),
-    "lora_triton.add_b_kernel": ("*x *x *x *x *x i32 i32 i32 i32 i32 i32 i32 i32 fp32", B),
-    "adamw._squares_kernel": ("*fp32 *fp32 *fp32 i32", {"EACH": 21, "BLOCK": 1024}),
+    "sums._sum_kernel": ("*fp32 *x i32 i32", {"SHARES": 8, "BLOCK": 512}),
+    "lora_b._add_kernel": ("*x *x *x *x *x i32 i32 i32 i32 i32 i32 i32 i32 fp32", B),
+    "lora_b._backward_kernel": (
+        "*x *x *x *x *x i32 i32 i32 i32 i32 i32 *fp32 *fp32 i32 i32 fp32",
+        B | {"SHARE": 512},
+    ),
+    "lora_b._sum_u_kernel": (
+        "*fp32 *x i32 i32 i32 i32 i32 i32 i32",
+        {"MODULES": 3, "RANK": 8, "MOST": 32, "BLOCK": 64},
+    ),
+    "adamw._squares_kernel": ("*fp32 *fp32 i32", {"EACH": 21, "BLOCK": 1024}),
     "adamw._update_kernel": (
-        "*fp32 *fp32 *fp32 *fp32 *x *fp32 *fp32 *fp32 *fp32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
-        {"PARTS": 1024, "CLIP": True, "COPY": True, "BLOCK": 1024},
+        "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
+        {"PARTS": 1024, "CLIP": True, "BLOCK": 1024},
     ),
 }
 
@@ -44,7 +52,7 @@ def kernel_named(name):
 
 
 def test_every_kernel_is_among_the_launches():
-    modules = ("rmsnorm", "rope", "swiglu", "dropout", "lora_triton", "adamw")
+    modules = ("rmsnorm", "rope", "swiglu", "dropout", "lora_a_triton", "lora_b", "sums", "adamw")
     found = {
         f"{module}.{name}"
         for module in modules

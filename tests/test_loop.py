@@ -347,8 +347,8 @@ def test_running_out_of_memory_outside_a_forward_has_its_own_message(tmp_path):
     training = begin(tmp_path / "run")
     step = training.optimizer.step
 
-    def refuse():
-        step()
+    def refuse(*given):
+        step(*given)
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     training.optimizer.step = refuse

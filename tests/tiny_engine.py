@@ -62,6 +62,9 @@ class TinyEngine:
     def parameter_names(self):
         return ["base_model.model.head.lora_A.weight", "base_model.model.head.lora_B.weight"]
 
+    def flat(self):
+        return None
+
     def adapter_state(self):
         return {n: p.detach().clone() for n, p in zip(self.parameter_names(), self.parameters(), strict=True)}
 

@@ -185,7 +185,11 @@ def _packages() -> tuple[dict[str, str], list[str], list[str]]:
     from packaging.requirements import Requirement
 
     versions, unmet, extras = {}, [], set()
-    for line in importlib.metadata.requires("lorikit") or []:
+    try:
+        lines = importlib.metadata.requires("lorikit") or []
+    except importlib.metadata.PackageNotFoundError:  # its source folder is on the path, nobody installed it
+        return {}, ["lorikit itself (pip install .)"], []
+    for line in lines:
         need, extra = Requirement(line), re.search(r"extra == ['\"](\w+)", line)
         try:
             version = importlib.metadata.version(need.name)

@@ -12,7 +12,8 @@ from lorikit.data.values import Conversation, Message
 from lorikit.hub import resolve_model
 from lorikit.model import lora
 from lorikit.model.load import load_base, load_engine, load_tokenizer, stop_ids
-from lorikit.train.optim import Budget, compute_gradient, make_optimizer, plan_steps
+from lorikit.train.adamw import make_optimizer
+from lorikit.train.optim import Budget, plan_steps, take_step
 
 pytestmark = pytest.mark.slow
 STEPS, ROWS_PER_STEP = 20, 4
@@ -56,11 +57,8 @@ def lorikit_run(config, base, rows, start, shares):
     for step in range(STEPS):
         examples = rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
         budget = Budget(2 * longest // shares, "cpu", print)
-        gradient = compute_gradient(engine, examples, budget, dropout_seed=step, max_norm=config.train.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate(step)
-        optimizer.step()
-        losses.append(gradient.loss_sum / gradient.num_targets)
+        done = take_step(engine, optimizer, examples, budget, dropout_seed=step, learning_rate=plan.learning_rate(step))
+        losses.append(done.loss_sum / done.num_targets)
     return losses, engine.adapter_state()
 
 

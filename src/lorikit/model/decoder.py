@@ -76,8 +76,9 @@ class DecoderEngine:
         On a GPU as a replayed CUDA graph, where a batch is small enough for the starts of its kernels to matter.
         """
         if self._takes_graphs and batch.num_tokens <= GRAPH_TOKENS and batch.num_targets:
-            self._graphs = self._graphs or StepGraphs(self._loss_sum, self.parameters(), self.device)
-            return self._graphs.add_gradient(batch, self._draw_seed())
+            if self._graphs is None:
+                self._graphs = StepGraphs(self.parameters(), self.device)
+            return self._graphs.add_gradient(self._loss_sum, batch, self._draw_seed())
         loss = self.loss_sum(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -100,6 +101,12 @@ class DecoderEngine:
     def parameter_names(self) -> list[str]:
         """PEFT's names, as the keys of adapter_model.safetensors."""
         return list(self._trainable())
+
+    def flat(self) -> tuple[Tensor, Tensor] | None:
+        """The parameters and their `.grad` as one float32 buffer each; None without an adapter to train."""
+        if self.adapter is None or not len(self.adapter.grad):
+            return None
+        return self.adapter.flat, self.adapter.grad
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter under PEFT's names, on the CPU."""

@@ -8,7 +8,10 @@ share one memory pool: they run one after the other, and nothing but the loss an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 
 import torch
@@ -86,64 +89,92 @@ def fill_bucket(batch: Batch, bucket: Bucket, seed: int) -> Inputs:
 
 
 class StepGraphs:
-    """Graphs of `compute` (loss_sum of a Packed under a seed) and its gradient, one for each bucket that comes up.
+    """Graphs of one computation (loss_sum of a Packed under a seed) and its gradient, one for each bucket that comes up.
 
     `parameters` get their `.grad` added to, which must exist and stay where it is.
     """
 
-    def __init__(self, compute: Compute, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-        self._compute, self._parameters, self._device = compute, list(parameters), device
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self.capture_seconds = 0.0
+        self._parameters, self._device = list(parameters), device
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Inputs]] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._loss = torch.zeros((), device=device)
         self._warm = False
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def add_gradient(self, batch: Batch, seed: int) -> Tensor:
-        """() float32: the loss sum of the batch, its gradient added to the parameters' `.grad`."""
+    def add_gradient(self, compute: Compute, batch: Batch, seed: int) -> Tensor:
+        """() float32: the loss sum of the batch, its gradient added to the parameters' `.grad`.
+
+        After torch.OutOfMemoryError in a capture all graphs are gone: what the caller does next needs their room.
+        """
         bucket = bucket_of(batch)
         filled = fill_bucket(batch, bucket, seed)
         if bucket not in self._graphs:
+            begun = time.perf_counter()
             try:
-                self._graphs[bucket] = self._capture(bucket, filled)
-            except torch.OutOfMemoryError:
-                self._graphs.clear()  # what the caller does next needs the room
+                self._graphs[bucket] = self._capture(compute, bucket, filled)
+            except (RuntimeError, MemoryError):
+                self._graphs.clear()
                 self._pool = torch.cuda.graph_pool_handle()
                 raise
+            self.capture_seconds += time.perf_counter() - begun
         graph, inputs = self._graphs[bucket]
         for field in fields(Inputs):
             getattr(inputs, field.name).copy_(getattr(filled, field.name).pin_memory(), non_blocking=True)
         graph.replay()
         return self._loss.clone()
 
-    def _capture(self, bucket: Bucket, filled: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs]:
+    def _capture(self, compute: Compute, bucket: Bucket, filled: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs]:
         inputs = Inputs(**{f.name: getattr(filled, f.name).to(self._device) for f in fields(Inputs)})
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             if not self._warm:  # kernels are compiled and libraries started outside of any graph
                 saved = torch._foreach_mul(self._grads(), 1.0)
-                self._once(inputs, bucket)
+                self._once(compute, inputs, bucket)
                 torch._foreach_copy_(self._grads(), saved)
                 del saved
                 self._warm = True
+                torch.cuda.synchronize(self._device)
+                torch.cuda.empty_cache()  # the graphs have a pool of their own: without this the memory is taken twice
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                self._once(inputs, bucket)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+            # Not torch.cuda.graph: it empties torch's cache for each graph, which is slow.
+            with _no_collection():
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    self._once(compute, inputs, bucket)
+                except BaseException:
+                    with suppress(RuntimeError):  # the capture may be broken, the reason is what counts
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return graph, inputs
 
-    def _once(self, inputs: Inputs, bucket: Bucket) -> None:
-        loss = self._compute(inputs.packed(bucket.longest), inputs.seed)
+    def _once(self, compute: Compute, inputs: Inputs, bucket: Bucket) -> None:
+        loss = compute(inputs.packed(bucket.longest), inputs.seed)
         grads: list[Tensor] = list(torch.autograd.grad(loss, self._parameters))
         torch._foreach_add_(self._grads(), grads)
         self._loss.copy_(loss.detach())
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._parameters if p.grad is not None]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside: the end of another engine's graph would make a capture in progress invalid."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _round_up(number: int, step: int) -> int:

@@ -25,7 +25,8 @@ from torch.nn.functional import linear
 from lorikit.model.decoder_adapter import NO_LORAS, LayerLoras, Lora
 from lorikit.model.decoder_config import DecoderShape
 from lorikit.model.decoder_weights import LayerWeights
-from lorikit.model.kernels.lora import add_lora_b, lora_a, lora_a_backward, lora_b_backward
+from lorikit.model.kernels.lora_a import lora_a, lora_a_backward
+from lorikit.model.kernels.lora_b import add_lora_b, lora_b_backward
 from lorikit.model.kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_backward
 from lorikit.model.kernels.rope import rope, rope_backward
 from lorikit.model.kernels.swiglu import swiglu, swiglu_backward

@@ -75,6 +75,11 @@ class Engine(Protocol):
         """PEFT's names, as the keys of adapter_model.safetensors."""
         ...
 
+    def flat(self) -> tuple[Tensor, Tensor] | None:
+        """(n,) float32 twice: the parameters and their `.grad` as one buffer each, of which `parameters()` and, after
+        `clear_gradient`, their `.grad` are views; None where they lie apart."""
+        ...
+
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter under PEFT's names, on the CPU."""
         ...

@@ -82,6 +82,9 @@ class GenericEngine:
         """PEFT's names, as the keys of adapter_model.safetensors."""
         return [lora.saved_name(n) for n, p in self.model.named_parameters() if p.requires_grad]
 
+    def flat(self) -> None:
+        """None: peft's parameters lie apart."""
+
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter under PEFT's names, on the CPU."""
         return {

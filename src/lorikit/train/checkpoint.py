@@ -12,20 +12,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorikit.errors import ModelError
 from lorikit.model.engine import Engine
+from lorikit.train.adamw import MOMENTS, AdamW
 from lorikit.train.storage import new_folder, remove_folder
-
-if TYPE_CHECKING:
-    import torch
 
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +57,7 @@ def folder_of(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
-def save(
-    run: Path, engine: Engine, optimizer: torch.optim.Optimizer, state: State, save_adapter: Callable[[Path], None]
-) -> Path:
+def save(run: Path, optimizer: AdamW, state: State, save_adapter: Callable[[Path], None]) -> Path:
     """Write checkpoint-N, whole or not at all; `save_adapter` fills a folder with PEFT's two files.
 
     Raises DiskError; what was saved before is then still there.
@@ -73,13 +67,7 @@ def save(
     folder = folder_of(run, state.step)
     with new_folder(folder) as staged:
         save_adapter(staged)
-        tensors = {
-            f"{moment}.{name}": optimizer.state[parameter][moment].cpu().contiguous()
-            for name, parameter in zip(engine.parameter_names(), engine.parameters(), strict=True)
-            for moment in _MOMENTS
-            if parameter in optimizer.state
-        }
-        (staged / OPTIMIZER).write_bytes(to_bytes(tensors))
+        (staged / OPTIMIZER).write_bytes(to_bytes(optimizer.state()))
         (staged / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         manifest = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in staged.iterdir()}
         (staged / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
@@ -98,22 +86,16 @@ def load_adapter(folder: Path, engine: Engine) -> None:
     engine.load_adapter_state(load_file(folder / ADAPTER))
 
 
-def load(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer) -> State:
+def load(folder: Path, engine: Engine, optimizer: AdamW) -> State:
     """Put a whole checkpoint into the engine and the optimizer; ModelError if it is damaged or does not fit."""
     from safetensors.torch import load_file
 
     load_adapter(folder, engine)
     tensors = load_file(folder / OPTIMIZER)
-    names = engine.parameter_names()
-    moments = {
-        # cloned: tensors of a file are not aligned as fresh ones are, and kernels may round by alignment
-        index: {moment: tensors.pop(f"{moment}.{name}").clone() for moment in _MOMENTS}
-        for index, name in enumerate(names)
-        if f"step.{name}" in tensors
-    }
-    if tensors:
-        raise ModelError(f"{folder / OPTIMIZER}: no parameter for {', '.join(sorted(tensors))}")
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    wanted = {f"{moment}.{name}" for name in engine.parameter_names() for moment in MOMENTS}
+    if tensors.keys() - wanted:
+        raise ModelError(f"{folder / OPTIMIZER}: no parameter for {', '.join(sorted(tensors.keys() - wanted))}")
+    optimizer.load_state(tensors)
     return read_state(folder)
 
 

@@ -21,6 +21,7 @@ from lorikit.data.pack import pack, split_step
 from lorikit.data.values import IGNORE, Example
 from lorikit.errors import OutOfMemoryError
 from lorikit.model.engine import Engine
+from lorikit.train.adamw import AdamW
 
 # Beyond these a larger forward is no faster, it only takes memory. On 2 cores SmolLM2-135M trains 128 tokens a CPU second
 # at 256 tokens in 1.8 GiB, 132 at 512 in 2.3 GiB and 89 at 2048 in 4.3 GiB.
@@ -89,18 +90,6 @@ def derived_seed(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def make_optimizer(engine: Engine, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the adapter, in one fused kernel; the learning rate is set before each step."""
-    return torch.optim.AdamW(
-        engine.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=engine.device.type in ("cpu", "cuda"),
-    )
-
-
 class Budget:
     """Most tokens in one forward; halved, for the rest of the run, when the device runs out of memory."""
 
@@ -155,7 +144,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """What one step computed: loss summed over its labelled tokens, and the gradient's norm before clipping."""
+    """What the forwards and backwards of one step computed; the gradient of this sum lies in the parameters' `.grad`."""
+
+    loss_sum: torch.Tensor
+    """() float32, over the labelled tokens."""
+    num_targets: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What one optimizer step did: loss summed over its labelled tokens, and the norm of the mean's gradient before
+    clipping. Where the norm is not finite nothing was applied."""
 
     loss_sum: float
     num_targets: int
@@ -163,16 +163,13 @@ class Gradient:
     norm: float
 
 
-def compute_gradient(
-    engine: Engine, examples: Sequence[Example], budget: Budget, *, dropout_seed: int, max_norm: float
-) -> Gradient:
-    """Fill `.grad` of the adapter with the clipped gradient of the mean loss over the labelled tokens of `examples`.
+def compute_gradient(engine: Engine, examples: Sequence[Example], budget: Budget, *, dropout_seed: int) -> Gradient:
+    """Fill `.grad` of the adapter with the gradient of the loss summed over the labelled tokens of `examples`.
 
     Dropout is seeded here instead of carried on as a stream: a step then depends on its number alone, whatever was
     evaluated, generated or resumed before it, and no random state has to be saved. The sum is differentiated and the
     gradient divided, not the other way round, which also keeps float16 bases away from underflow.
     """
-    parameters = engine.parameters()
     num_targets = sum(label != IGNORE for example in examples for label in example.labels[1:])
     assert num_targets > 0, "a row without labels reached training"
     losses: list[torch.Tensor] = []
@@ -186,10 +183,20 @@ def compute_gradient(
         losses.append(engine.add_gradient(pack(share)))
 
     budget.run(examples, begin, forward)
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    torch._foreach_div_(grads, num_targets)
-    norm = torch.nn.utils.get_total_norm(grads)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    loss_sum, norm_value = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].device)]).tolist()
-    return Gradient(loss_sum, num_targets, sum(len(example.input_ids) for example in examples), norm_value)
+    return Gradient(torch.stack(losses).sum(), num_targets, sum(len(example.input_ids) for example in examples))
+
+
+def take_step(
+    engine: Engine,
+    optimizer: AdamW,
+    examples: Sequence[Example],
+    budget: Budget,
+    *,
+    dropout_seed: int,
+    learning_rate: float,
+) -> Stepped:
+    """One optimizer step on `examples`. The host waits for the device once, at the end."""
+    gradient = compute_gradient(engine, examples, budget, dropout_seed=dropout_seed)
+    norm = optimizer.step(learning_rate, gradient.num_targets)
+    loss_sum, norm_value = torch.stack([gradient.loss_sum, norm.to(gradient.loss_sum.device)]).tolist()
+    return Stepped(loss_sum, gradient.num_targets, gradient.num_tokens, norm_value)

@@ -20,11 +20,12 @@ from lorikit.errors import DataError, DivergedError, Interrupted, ModelError, Ou
 from lorikit.model.engine import Engine
 from lorikit.model.lora import save_adapter
 from lorikit.train import checkpoint
+from lorikit.train.adamw import make_optimizer
 from lorikit.train.card import model_card
 from lorikit.train.checkpoint import State
 from lorikit.train.evaluate import answers, held_out_loss
 from lorikit.train.metrics import MetricsFile, Record, numbers_of, open_trackers, peak_memory
-from lorikit.train.optim import Budget, compute_gradient, derived_seed, is_out_of_memory, make_optimizer, plan_steps
+from lorikit.train.optim import Budget, derived_seed, is_out_of_memory, plan_steps, take_step
 from lorikit.train.progress import Report
 from lorikit.train.run_folder import ADAPTER_FOLDER, write_config
 from lorikit.train.signals import Signals
@@ -124,36 +125,34 @@ class Training:
         begun = time.perf_counter()
         state, config = self.state, self.config.train
         examples = [self.rows[row] for row in self.plan.rows(state.step)]
-        gradient = compute_gradient(
+        learning_rate = self.plan.learning_rate(state.step)
+        done = take_step(
             self.engine,
+            self.optimizer,
             examples,
             self.budget,
             dropout_seed=derived_seed(config.seed, "dropout", state.step),
-            max_norm=config.max_grad_norm,
+            learning_rate=learning_rate,
         )
-        self._check_finite(gradient.loss_sum, gradient.norm, examples)
-        learning_rate = self.plan.learning_rate(state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        self._check_finite(done.loss_sum, done.norm, examples)
         seconds = time.perf_counter() - begun
         self.state = replace(
             state,
             step=state.step + 1,
             settled=False,
-            tokens=state.tokens + gradient.num_tokens,
-            labelled_tokens=state.labelled_tokens + gradient.num_targets,
-            window_loss=state.window_loss + gradient.loss_sum,
-            window_labelled=state.window_labelled + gradient.num_targets,
-            window_tokens=state.window_tokens + gradient.num_tokens,
+            tokens=state.tokens + done.num_tokens,
+            labelled_tokens=state.labelled_tokens + done.num_targets,
+            window_loss=state.window_loss + done.loss_sum,
+            window_labelled=state.window_labelled + done.num_targets,
+            window_tokens=state.window_tokens + done.num_tokens,
             window_seconds=state.window_seconds + seconds,
         )
-        loss, speed = gradient.loss_sum / gradient.num_targets, gradient.num_tokens / seconds
+        loss, speed = done.loss_sum / done.num_targets, done.num_tokens / seconds
         self.report.step(
             self.state.step, self.plan.epoch(self.state.step), loss, speed, peak_memory(self.engine.device)
         )
         if self.state.step % config.logging_steps == 0 or self.state.step == self.plan.num_steps:
-            self._log(gradient.norm, learning_rate)
+            self._log(done.norm, learning_rate)
 
     def _log(self, grad_norm: float, learning_rate: float) -> None:
         state = self.state
@@ -230,7 +229,7 @@ class Training:
                 metrics_bytes=self.metrics.sync(),
                 max_tokens=self.budget.max_tokens,
             )
-            checkpoint.save(self.run_folder, self.engine, self.optimizer, state, self._save_adapter)
+            checkpoint.save(self.run_folder, self.optimizer, state, self._save_adapter)
             checkpoint.prune(self.run_folder, self.config.train.save_total_limit, [state.best_step])
         return folder
 
@@ -266,7 +265,7 @@ class Training:
         sources = [example.source for example in examples]
         rows = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
         raise DivergedError(
-            f"step {self.state.step + 1}: the loss is {loss}, the gradient norm {norm}; nothing was applied and "
+            f"step {self.state.step + 1}: the loss is {loss}, the gradient norm {norm}; this step is not kept and "
             f"{self._kept()}. Rows of the step: {rows}. {_ADVICE}"
         )
 

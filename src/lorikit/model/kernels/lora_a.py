@@ -1,10 +1,9 @@
-"""The products with LoRA's small matrices: A of all modules that read one x, B of all that write one y, and the backward.
+"""The products with LoRA's A matrices of all modules that read one x, and their backward; B is in lora_b.py.
 
-    u_m = scale_p (mask_m * x) A_m^T,  scale_p = 1 / (1 - p)              y[:, columns of m] += scale u_m B_m^T
-    grad_x = scale_p sum_m mask_m * (grad_u_m A_m)                        grad_u_m = scale grad_y[:, columns of m] B_m
-    grad_A_m = scale_p grad_u_m^T (mask_m * x)                            grad_B_m = scale grad_y[:, columns of m]^T u_m
+    u_m = scale_p (mask_m * x) A_m^T,  scale_p = 1 / (1 - p)
+    grad_x = scale_p sum_m mask_m * (grad_u_m A_m)              grad_A_m = scale_p grad_u_m^T (mask_m * x)
 
-T tokens, D inputs, O_m outputs, R rank, M modules (q, k, v; or gate, up; or one). Every module drops other elements, with
+T tokens, D inputs, R rank, M modules (q, k, v; or gate, up; or one). Every module drops other elements, with
 the masks of kernels/dropout.py, made while x is read: x is read once for all modules, and nothing of a mask is stored.
 Sums that many programs share are added in a fixed order, so that a step gives the same bytes again.
 """
@@ -18,20 +17,13 @@ from torch import Tensor
 
 from lorikit.model.kernels.dropout import dropout_mask, seed_tensor, signed_threshold
 from lorikit.model.kernels.launch import block, launch, runs_kernel
-from lorikit.model.kernels.lora_triton import (
-    MAX_MODULES,
-    MAX_RANK,
-    add_b_kernel,
-    backward_kernel,
-    forward_kernel,
-    sum_kernel,
-)
+from lorikit.model.kernels.lora_a_triton import MAX_MODULES, MAX_RANK, backward_kernel, forward_kernel
+from lorikit.model.kernels.sums import float_mm, sum_shares
 
 # Sizes of the tiles, and of the share of a long sum that one program adds: enough programs for 132 multiprocessors at 1,000
 # tokens. The shares do not depend on the number of tokens, and neither do a token's results.
 _TOKENS, _COLUMNS, _SHARE = 32, 128, 512  # forward: tokens, columns of D at a time, columns of D in all
 _BACK_TOKENS, _BACK_COLUMNS, _BACK_SHARE = 32, 64, 256  # backward: tokens at a time, columns of D, tokens in all
-_B_TOKENS, _B_COLUMNS = 64, 128
 
 
 def lora_a(x: Tensor, a: Tensor, p: float, seed: int | Tensor, streams: Sequence[int]) -> Tensor:
@@ -68,7 +60,7 @@ def lora_a(x: Tensor, a: Tensor, p: float, seed: int | Tensor, streams: Sequence
         SHARE=_SHARE,
         num_warps=4,
     )
-    return _sum(partial, out)
+    return sum_shares(partial, out)
 
 
 def lora_a_backward(
@@ -126,60 +118,7 @@ def lora_a_backward(
         SHARE=_BACK_SHARE,
         num_warps=4,
     )
-    return out if needs_x else None, _sum(partial, torch.empty(a.shape, dtype=torch.float32, device=x.device))
-
-
-def add_lora_b(y: Tensor, u: Tensor, b: Sequence[Tensor], starts: Sequence[int], scale: float) -> None:
-    """y[:, starts[m] : starts[m] + O_m] += scale u_m b[m]^T for every module m, in place.
-
-    y (T, O): the fused product, in which modules without an adapter are left as they are; u (T, M R), b[m] (O_m, R).
-    Raises ValueError when shapes do not fit.
-    """
-    rank = _check_b(y, u, b, starts)
-    if not (len(b) <= MAX_MODULES and rank <= MAX_RANK and runs_kernel(y, u, *b) and y.stride(1) == 1):
-        return add_lora_b_reference(y, u, b, starts, scale)
-    sizes = [matrix.shape[0] for matrix in b]
-    blocks = [(size + _B_COLUMNS - 1) // _B_COLUMNS for size in sizes]
-    matrices = [matrix.contiguous() for matrix in b]
-    none = MAX_MODULES - len(b)
-    launch(
-        add_b_kernel,
-        ((y.shape[0] + _B_TOKENS - 1) // _B_TOKENS, sum(blocks)),
-        y,
-        u.contiguous(),
-        *matrices,
-        *matrices[:1] * none,
-        *starts,
-        *[0] * none,
-        *sizes,
-        *[0] * none,
-        y.shape[0],
-        y.stride(0),
-        scale,
-        MODULES=len(b),
-        RANK=rank,
-        BLOCK_RANK=block(rank),
-        TOKENS=_B_TOKENS,
-        COLUMNS=_B_COLUMNS,
-        num_warps=4,
-    )
-    return None
-
-
-def lora_b_backward(
-    grad_y: Tensor, u: Tensor, b: Sequence[Tensor], starts: Sequence[int], scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """grad_y (T, O) of `add_lora_b`'s y -> (grad_u (T, M R) in u's dtype, [grad_b (O_m, R) float32 of each module]).
-
-    Plain products on every device. Raises ValueError when shapes do not fit.
-    """
-    _check_b(grad_y, u, b, starts)
-    grads = [grad_y[:, start : start + matrix.shape[0]] for start, matrix in zip(starts, b, strict=True)]
-    grad_u = torch.cat([g @ matrix.to(g.dtype) for g, matrix in zip(grads, b, strict=True)], dim=1)
-    parts = u.to(grad_y.dtype).chunk(len(b), dim=1)
-    return grad_u.to(u.dtype).mul_(scale), [
-        _float_mm(g.t(), part).mul_(scale) for g, part in zip(grads, parts, strict=True)
-    ]
+    return out if needs_x else None, sum_shares(partial, torch.empty(a.shape, dtype=torch.float32, device=x.device))
 
 
 def lora_a_reference(x: Tensor, a: Tensor, p: float, seed: int | Tensor, streams: Sequence[int]) -> Tensor:
@@ -206,28 +145,15 @@ def lora_a_backward_reference(
     a, grad = a.to(x.dtype), grad.to(x.dtype)
     out = (torch.zeros_like(x) if grad_x is None else grad_x) if needs_x else None
     if p == 0:
-        grad_a = _float_mm(grad.t(), x).view(a.shape)
+        grad_a = float_mm(grad.t(), x).view(a.shape)
         return out if out is None else out.addmm_(grad, a.flatten(0, 1)), grad_a
     scaled, grads = grad * (1 / (1 - p)), []
     for a_m, grad_m, stream in zip(a, scaled.chunk(a.shape[0], dim=1), streams, strict=True):
         mask = dropout_mask(seed, stream, x.shape, p, x.device)
         if out is not None:
             out.add_((grad_m @ a_m).mul_(mask))
-        grads.append(_float_mm(grad_m.t(), x * mask))
+        grads.append(float_mm(grad_m.t(), x * mask))
     return out, torch.stack(grads)
-
-
-def add_lora_b_reference(y: Tensor, u: Tensor, b: Sequence[Tensor], starts: Sequence[int], scale: float) -> None:
-    """What the kernel computes, in torch."""
-    for part, matrix, start in zip(u.to(y.dtype).chunk(len(b), dim=1), b, starts, strict=True):
-        y[:, start : start + matrix.shape[0]].addmm_(part, matrix.to(y.dtype).t(), alpha=scale)
-
-
-def _float_mm(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, summed and returned in float32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 def _check(x: Tensor, a: Tensor, p: float, streams: Sequence[int]) -> None:
@@ -236,21 +162,6 @@ def _check(x: Tensor, a: Tensor, p: float, streams: Sequence[int]) -> None:
         raise ValueError(
             f"x {tuple(x.shape)} must be (T, D), a {tuple(a.shape)} (M, R, D) with M = {len(streams)} streams"
         )
-
-
-def _check_b(y: Tensor, u: Tensor, b: Sequence[Tensor], starts: Sequence[int]) -> int:
-    """The rank."""
-    shapes = [tuple(matrix.shape) for matrix in b]
-    rank = u.shape[1] // max(len(b), 1)
-    ends = [start + shape[0] for start, shape in zip(starts, shapes, strict=True)]
-    if (
-        not b
-        or any(shape[1] != rank for shape in shapes)
-        or u.shape != (y.shape[0], rank * len(b))
-        or max(ends) > y.shape[1]
-    ):
-        raise ValueError(f"y {tuple(y.shape)}, u {tuple(u.shape)} and b {shapes} at columns {list(starts)} do not fit")
-    return rank
 
 
 def _takes(x: Tensor, a: Tensor) -> bool:
@@ -271,11 +182,3 @@ def _fitting(columns: int, bytes_each: int) -> int:
 def _dropout(p: float, seed: int | Tensor, streams: Sequence[int], x: Tensor) -> tuple[Tensor | int, ...]:
     """seed, threshold and MAX_MODULES streams, as the kernels take them."""
     return seed_tensor(seed, x.device), signed_threshold(p), *streams, *[0] * (MAX_MODULES - len(streams))
-
-
-def _sum(partial: Tensor, out: Tensor) -> Tensor:
-    """out = the sum of partial (shares, ...), share after share."""
-    size, shares = out.numel(), partial.shape[0]
-    each = max(16, 4096 // block(shares, 1))
-    launch(sum_kernel, ((size + each - 1) // each,), partial, out, size, shares, SHARES=block(shares, 1), BLOCK=each)
-    return out

@@ -1,4 +1,4 @@
-"""The Triton kernels of kernels/lora.py, which has the formulas and the only callers."""
+"""The Triton kernels of kernels/lora_a.py, which has the formulas and the only callers."""
 
 from __future__ import annotations
 
@@ -170,80 +170,3 @@ def _module_backward(
         product = tl.where(keep, product, 0.0)
         x = tl.where(keep, x, 0.0)
     return grad_x + product, dot(tl.trans(grad), x, total)
-
-
-@kernel("num_elements", "num_shares")
-def sum_kernel(
-    partial_at: Pointer, out_at: Pointer, num_elements: Value, num_shares: Value, SHARES: constexpr, BLOCK: constexpr
-) -> None:
-    """out[i] = sum over the shares of partial[share, i]; SHARES is the power of two that holds them."""
-    at = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    share = tl.arange(0, SHARES)[:, None]
-    inside = (share < num_shares) & (at < num_elements)
-    parts = tl.load(partial_at + share.to(tl.int64) * num_elements + at, mask=inside, other=0.0)
-    total = tl.sum(parts, axis=0)[None, :]
-    tl.store(out_at + at, total.to(out_at.dtype.element_ty), mask=at < num_elements)
-
-
-@kernel("num_tokens")
-def add_b_kernel(
-    y_at: Pointer,
-    u_at: Pointer,
-    b_0: Pointer,
-    b_1: Pointer,
-    b_2: Pointer,
-    start_0: Value,
-    start_1: Value,
-    start_2: Value,
-    size_0: Value,
-    size_1: Value,
-    size_2: Value,
-    num_tokens: Value,
-    y_row: Value,
-    scale: Value,
-    MODULES: constexpr,
-    RANK: constexpr,
-    BLOCK_RANK: constexpr,
-    TOKENS: constexpr,
-    COLUMNS: constexpr,
-) -> None:
-    """Each program adds to one tile of y; the blocks of columns count through the modules one after the other."""
-    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
-    number = tl.program_id(1)
-    blocks_0, blocks_1 = tl.cdiv(size_0, COLUMNS), tl.cdiv(size_1, COLUMNS)
-    y = y_at + token.to(tl.int64) * y_row
-    u = u_at + token.to(tl.int64) * (MODULES * RANK)
-    valid = token < num_tokens
-    if number < blocks_0:
-        _add_tile(y + start_0, u, b_0, number, size_0, valid, scale, RANK, BLOCK_RANK, COLUMNS)
-    elif number < blocks_0 + blocks_1:
-        _add_tile(y + start_1, u + RANK, b_1, number - blocks_0, size_1, valid, scale, RANK, BLOCK_RANK, COLUMNS)
-    else:
-        last = number - blocks_0 - blocks_1
-        _add_tile(y + start_2, u + 2 * RANK, b_2, last, size_2, valid, scale, RANK, BLOCK_RANK, COLUMNS)
-
-
-@kernel()
-def _add_tile(
-    y_at: Value,
-    u_at: Value,
-    b_at: Value,
-    number: Value,
-    size: Value,
-    valid: Value,
-    scale: Value,
-    RANK: constexpr,
-    BLOCK_RANK: constexpr,
-    COLUMNS: constexpr,
-) -> None:
-    column = number * COLUMNS + tl.arange(0, COLUMNS)
-    across, down = tl.arange(0, BLOCK_RANK)[None, :], tl.arange(0, BLOCK_RANK)[:, None]
-    u = tl.load(u_at + across, mask=valid & (across < RANK), other=0.0)
-    b = tl.load(b_at + column[None, :] * RANK + down, mask=(column[None, :] < size) & (down < RANK), other=0.0).to(
-        u.dtype
-    )
-    at = y_at + column[None, :]
-    inside = valid & (column[None, :] < size)
-    y = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    sums = dot(u, b, tl.zeros(y.shape, tl.float32))
-    tl.store(at, (y + scale * sums).to(at.dtype.element_ty), mask=inside)
