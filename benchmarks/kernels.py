@@ -200,13 +200,13 @@ def sum_and_norm(tokens: int) -> Case:
 
 
 def norm_backward_added(tokens: int) -> Case:
-    grad, x, out = (random(tokens, HIDDEN) for _ in range(3))
+    grad, x, plus = (random(tokens, HIDDEN) for _ in range(3))
     w = random(HIDDEN)
     return Case(
-        lambda: (rmsnorm.rmsnorm_backward(grad, x, w, EPS, out=out, accumulate=True),),
-        lambda: out.add_(rmsnorm.rmsnorm_backward_reference(grad, x, w, EPS)),
-        lambda: (out.float() + rmsnorm.rmsnorm_backward_reference(grad.float(), x.float(), w.float(), EPS),),
-        bytes_of(grad, x, out, out),
+        lambda: (rmsnorm.rmsnorm_backward(grad, x, w, EPS, plus=plus),),
+        lambda: plus + rmsnorm.rmsnorm_backward_reference(grad, x, w, EPS),
+        lambda: (plus.float() + rmsnorm.rmsnorm_backward_reference(grad.float(), x.float(), w.float(), EPS),),
+        bytes_of(grad, x, plus, plus),
     )
 
 

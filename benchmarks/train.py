@@ -40,7 +40,7 @@ def main() -> None:
             "name_or_path": str(arguments.model),
             "dtype": arguments.dtype,
             "engine": arguments.engine,
-            "cuda_graphs": arguments.graphs,
+            "gpu_memory_gib": arguments.memory,
         },
         data={"train": "none"},
         lora={"r": 8, "lora_alpha": 32, "lora_dropout": arguments.dropout},
@@ -52,7 +52,7 @@ def main() -> None:
     )
     loaded = time.perf_counter() - begun
     optimizer = make_optimizer(engine, config.train)
-    budget = Budget(arguments.max_tokens, engine.device.type, print)
+    budget = Budget(arguments.max_tokens or engine.best_tokens(), print)
     rows = make_rows(arguments, arguments.batch * (arguments.steps + WARM_UP))
     engine.train()
     seconds, tokens = [], []
@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engine", default="auto")
-    parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs (engine decoder)")
+    parser.add_argument("--memory", type=float, help="most GPU memory, in GiB (engine decoder)")
     parser.add_argument("--profile", action="store_true", help="also print what one step spends its time on")
     arguments = parser.parse_args()
     if bool(arguments.rows) == bool(arguments.long):

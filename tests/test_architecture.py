@@ -51,6 +51,8 @@ LAYERS = [
         "lorikit.model.decoder_layer",
         "lorikit.model.decoder_load",
         "lorikit.model.decoder_loss",
+        "lorikit.model.decoder_memory",
+        "lorikit.model.decoder_offload",
         "lorikit.model.decoder_weights",
         "lorikit.model.engine",
         "lorikit.model.generic",

@@ -29,7 +29,7 @@ def stepped(num_steps, engine=None, optimizer=None, first=0):
     engine.train()
     for step in range(first, first + num_steps):
         rows = tiny_rows(4, seed=step)
-        take_step(engine, optimizer, rows, Budget(0, "cpu", print), dropout_seed=step, learning_rate=1e-2)
+        take_step(engine, optimizer, rows, Budget(256, print), dropout_seed=step, learning_rate=1e-2)
     return engine, optimizer
 
 

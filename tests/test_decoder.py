@@ -11,6 +11,7 @@ from lorikit.config import LoraSettings
 from lorikit.data.pack import pack
 from lorikit.data.values import IGNORE, Example
 from lorikit.model import decoder_loss
+from lorikit.model.decoder_memory import Keep
 from lorikit.model.kernels.dropout import dropout_mask
 from lorikit.model.load import load_engine
 from tiny_decoder import (
@@ -145,17 +146,29 @@ def test_dropout_follows_torchs_seed_and_is_off_outside_of_training(tmp_path):
     assert noisy[0] == noisy[1] != noisy[2]
 
 
-def test_gradient_checkpointing_changes_no_gradient(tmp_path):
-    base = save(tmp_path, "qwen3", num_hidden_layers=3)
-    grads = []
-    for checkpointing in (False, True):
-        new = LoraSettings(lora_dropout=0.25)
-        engine = load_engine(settings(), base, new_adapter=new, seed=3, gradient_checkpointing=checkpointing)
-        randomize_b(engine)
-        engine.train()
+@pytest.mark.parametrize("targets", ["all-linear", ["down_proj"], ["gate_proj", "k_proj"]], ids=str)
+@pytest.mark.parametrize("family", ["qwen3", "llama with biases"])
+def test_how_much_the_layers_keep_changes_no_gradient(family, targets, tmp_path):
+    base = save(tmp_path, family, num_hidden_layers=3)
+    engine = load_engine(settings(), base, new_adapter=LoraSettings(lora_dropout=0.25, target_modules=targets), seed=3)
+    randomize_b(engine)
+    engine.train()
+    grads = {}
+    for level in (Keep.INPUT, Keep.PRODUCTS, Keep.GATE_UP, Keep.ALL):
+        engine.highest = level
         torch.manual_seed(11)
-        grads.append(gradients(engine, pack(rows()))[1])
-    assert all(torch.equal(grads[0][n], grads[1][n]) and grads[0][n].abs().max() > 0 for n in grads[0])
+        grads[level] = gradients(engine, pack(rows()))[1]
+    for level, got in grads.items():
+        for name, want in grads[Keep.ALL].items():
+            assert torch.equal(got[name], want) and want.abs().max() > 0, (level, name)
+
+
+def test_gradient_checkpointing_keeps_the_inputs_of_layers_alone(tmp_path):
+    base = save(tmp_path, "llama")
+    engine = load_engine(settings(), base, new_adapter=LoraSettings(), gradient_checkpointing=True)
+    assert engine.levels(100) == (Keep.INPUT,) * 2
+    engine = load_engine(settings(), base, new_adapter=LoraSettings())
+    assert engine.levels(100) == (Keep.GATE_UP,) * 2
 
 
 def test_logits_in_many_chunks_give_the_loss_of_one(tmp_path, monkeypatch):

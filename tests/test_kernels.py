@@ -68,12 +68,8 @@ def check_rmsnorm(shape, dtype, device="cpu", *, strided=False):
     grad = torch.randn(shape, device=device).to(dtype)
     (want_grad,) = torch.autograd.grad(want, leaf, grad.double())
     close(rmsnorm_backward(grad, x, weight, EPS), want_grad, dtype)
-    target = torch.randn_like(wide)[..., : shape[-1]]
-    before = target.double()
-    assert rmsnorm_backward(grad, x, weight, EPS, out=target, accumulate=True) is target
-    close(target, before + want_grad, dtype)
-    rmsnorm_backward(grad, x, weight, EPS, out=target)
-    close(target, want_grad, dtype)
+    plus = torch.randn_like(wide)[..., : shape[-1]]
+    close(rmsnorm_backward(grad, x, weight, EPS, plus=plus), plus.double() + want_grad, dtype)
 
 
 def check_add_rmsnorm(tokens, width, dtype, device="cpu"):
@@ -288,8 +284,8 @@ def test_no_tokens_give_no_rows():
 REFUSED = {
     "a weight of another size": lambda: rmsnorm(torch.ones(2, 4), torch.ones(3), EPS),
     "a weight of another type": lambda: rmsnorm(torch.ones(2, 4), torch.ones(4).bfloat16(), EPS),
-    "nothing to add to": lambda: rmsnorm_backward(
-        torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), EPS, accumulate=True
+    "another size to add": lambda: rmsnorm_backward(
+        torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), EPS, plus=torch.ones(1, 4)
     ),
     "a delta of another size": lambda: add_rmsnorm(torch.ones(2, 4), torch.ones(1, 4), torch.ones(4), EPS),
     "tables of another width": lambda: rope(

@@ -15,7 +15,7 @@ ROWS = {"WIDTH": 4096, "ROWS": 1, "COLUMNS": 4096, "ADD": True}
 B = {"MODULES": 3, "RANK": 8, "BLOCK_RANK": 16, "TOKENS": 64, "COLUMNS": 128}
 LAUNCHES = {
     "rmsnorm._forward_kernel": ("*x *x *x *x *x i32 fp32 i32 i32 i32", ROWS),
-    "rmsnorm._backward_kernel": ("*x *x *x *x i32 fp32 i32 i32 i32 i32 i32 i32 i32", ROWS),
+    "rmsnorm._backward_kernel": ("*x *x *x *x *x i32 fp32 i32 i32 i32 i32 i32 i32 i32", ROWS),
     "rope._rope_kernel": ("*x *x *fp32 *fp32 *i64 i32 i32 i32 i32", HEADS),
     "swiglu._forward_kernel": ("*x *x i32 i32", {"WIDTH": 14336, "BLOCK": 1024}),
     "swiglu._backward_kernel": ("*x *x *x i32 i32 i32", {"WIDTH": 14336, "BLOCK": 1024}),

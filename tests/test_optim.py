@@ -28,7 +28,7 @@ def config(**settings):
 
 def gradient_of(engine, rows, max_tokens=10_000, seed=7):
     """The result and the gradient of the mean."""
-    result = compute_gradient(engine, rows, Budget(max_tokens, "cpu", print), dropout_seed=seed)
+    result = compute_gradient(engine, rows, Budget(max_tokens, print), dropout_seed=seed)
     return result, [parameter.grad / result.num_targets for parameter in engine.parameters()]
 
 
@@ -147,7 +147,7 @@ def test_a_step_whose_loss_is_not_finite_says_so_and_changes_nothing():
         engine,
         make_optimizer(engine, config()),
         tiny_rows(3),
-        Budget(0, "cpu", print),
+        Budget(256, print),
         dropout_seed=1,
         learning_rate=1.0,
     )
@@ -178,7 +178,7 @@ class SmallMemory(TinyEngine):
 def test_a_step_that_runs_out_of_memory_is_done_again_in_halves_with_the_same_gradient():
     said = []
     rows = tiny_rows(12, longest=10)
-    budget = Budget(0, "cpu", said.append)
+    budget = Budget(256, said.append)
     engine = trained_a_little(SmallMemory(30, dropout=0.0))
     result = compute_gradient(engine, rows, budget, dropout_seed=1)
     _, wanted = gradient_of(trained_a_little(TinyEngine(dropout=0.0)), rows)
@@ -195,7 +195,7 @@ def test_a_row_that_does_not_fit_alone_is_named():
     with pytest.raises(
         OutOfMemoryError, match=rf"tiny.json:\d+: one row of {len(longest.input_ids)} tokens.*max_length"
     ):
-        compute_gradient(engine, rows, Budget(0, "cpu", print), dropout_seed=1)
+        compute_gradient(engine, rows, Budget(256, print), dropout_seed=1)
 
 
 def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory():

@@ -62,6 +62,9 @@ class TinyEngine:
     def parameter_names(self):
         return ["base_model.model.head.lora_A.weight", "base_model.model.head.lora_B.weight"]
 
+    def best_tokens(self):
+        return 256
+
     def flat(self):
         return None
 

@@ -47,8 +47,8 @@ class ModelConfig(Group):
     """transformers' name of an attention to use as it is (sdpa, eager, ...); by default the fastest that packs exactly."""
     engine: Literal["auto", "generic", "decoder"] = "auto"
     """decoder: our own, for Llama, Mistral, Qwen2, Qwen3. generic: transformers + peft, for all. auto: the first that fits."""
-    cuda_graphs: bool = False
-    """Replay training steps as CUDA graphs: much faster on a GPU (engine decoder), not yet proven there; see docs/LOG.md."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Most GPU memory to take (engine decoder): with less, more is computed again. By default all that is free."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 

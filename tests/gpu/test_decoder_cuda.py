@@ -45,7 +45,7 @@ def base(request, tmp_path_factory):
 
 def build(base, engine, dtype, dropout=0.0):
     made = load_engine(
-        ModelConfig(name_or_path="tiny", dtype=dtype, engine=engine, device="cuda", cuda_graphs=True),
+        ModelConfig(name_or_path="tiny", dtype=dtype, engine=engine, device="cuda"),
         base,
         new_adapter=LoraSettings(r=8, lora_dropout=dropout),
         seed=3,

@@ -56,7 +56,7 @@ def lorikit_run(config, base, rows, start, shares):
     losses = []
     for step in range(STEPS):
         examples = rows[step * ROWS_PER_STEP : (step + 1) * ROWS_PER_STEP]
-        budget = Budget(2 * longest // shares, "cpu", print)
+        budget = Budget(2 * longest // shares, print)
         done = take_step(engine, optimizer, examples, budget, dropout_seed=step, learning_rate=plan.learning_rate(step))
         losses.append(done.loss_sum / done.num_targets)
     return losses, engine.adapter_state()

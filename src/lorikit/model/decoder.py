@@ -23,8 +23,10 @@ from lorikit.model.decoder_config import DecoderShape, inverse_frequencies
 from lorikit.model.decoder_generate import stream_tokens
 from lorikit.model.decoder_graph import StepGraphs
 from lorikit.model.decoder_layer import Layer, Step, run_layer
+from lorikit.model.decoder_memory import Keep, choose
+from lorikit.model.decoder_offload import HostCopies
 from lorikit.model.decoder_weights import Weights
-from lorikit.model.engine import Sampling, Token
+from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
 from lorikit.model.packed_attention import attend, is_varlen
 
 GRAPH_TOKENS = 8192  # in larger batches the GPU computes longer than Python takes to start its kernels
@@ -33,7 +35,8 @@ GRAPH_TOKENS = 8192  # in larger batches the GPU computes longer than Python tak
 class DecoderEngine:
     """Frozen weights and an adapter (or none) on one device.
 
-    `checkpoint` keeps only the inputs of layers for the backward and computes the rest again.
+    Each layer keeps for its backward what its level says, on a GPU as much as the memory allows and at most `highest`;
+    `gpu_bytes` limits what is taken there in all (None: what is free).
     """
 
     name = "decoder"
@@ -45,10 +48,12 @@ class DecoderEngine:
         weights: Weights,
         adapter: Adapter | None = None,
         *,
-        checkpoint: bool = False,
-        graphs: bool = False,
+        highest: Keep = Keep.ALL,
+        graphs: bool = True,
+        gpu_bytes: int | None = None,
     ) -> None:
-        self.shape, self.weights, self.adapter, self.checkpoint = shape, weights, adapter, checkpoint
+        self.shape, self.weights, self.adapter = shape, weights, adapter
+        self.highest, self._gpu_bytes, self._free = highest, gpu_bytes, 0
         self.device = weights.embed.device
         self.training = False
         self._plain = [Layer(n, shape, w) for n, w in enumerate(weights.layers)]
@@ -75,7 +80,7 @@ class DecoderEngine:
 
         On a GPU as a replayed CUDA graph, where a batch is small enough for the starts of its kernels to matter.
         """
-        if self._takes_graphs and batch.num_tokens <= GRAPH_TOKENS and batch.num_targets:
+        if self._is_graphed(batch):
             if self._graphs is None:
                 self._graphs = StepGraphs(self.parameters(), self.device)
             return self._graphs.add_gradient(self._loss_sum, batch, self._draw_seed())
@@ -151,6 +156,27 @@ class DecoderEngine:
         cos, sin = self._tables[count]
         return cos, sin
 
+    def best_tokens(self) -> int:
+        """Tokens of a forward beyond which a larger one is no faster; on a GPU as many as need no product again."""
+        if self.device.type == "cpu":
+            return BEST_TOKENS_CPU
+        tokens = BEST_TOKENS
+        while tokens > 4096 and self.levels(tokens)[0] < min(Keep.GATE_UP, self.highest):
+            tokens //= 2
+        return tokens
+
+    def levels(self, tokens: int) -> tuple[Keep, ...]:
+        """How much each layer keeps in a forward of so many tokens."""
+        if self.device.type == "cpu":
+            return (self.highest,) * self.shape.layers
+        if not self._free:  # asked once: later some of it is taken by what is kept
+            free, _ = torch.cuda.mem_get_info(self.device)
+            used = torch.cuda.memory_allocated(self.device)
+            self._free = free + torch.cuda.memory_reserved(self.device) - used
+            if self._gpu_bytes is not None:
+                self._free = min(self._free, self._gpu_bytes - used)
+        return choose(self.shape, tokens, self._free, self.weights.embed.element_size(), self.highest)
+
     def run(self, input_ids: Tensor, step: Step) -> Tensor:
         """(T,) int64 -> what comes out of the last layer, (L, D) for the rows that `step.last` keeps."""
         if self.adapter is not None:
@@ -159,6 +185,10 @@ class DecoderEngine:
         for layer in self.layers:
             x = run_layer(x, layer, step)
         return x
+
+    def _is_graphed(self, batch: Batch) -> bool:
+        small = self._takes_graphs and batch.num_targets > 0 and batch.num_tokens <= GRAPH_TOKENS
+        return small and self.levels(batch.num_tokens)[0] > Keep.HOST
 
     def _draw_seed(self) -> int:
         """The number that this forward's dropout masks come from."""
@@ -179,6 +209,7 @@ class DecoderEngine:
 
         p = self.adapter.dropout if self.adapter is not None and self.training else 0.0
         cos, sin = self.rope_tables(packed.sequences.longest_k)
+        keep = self.levels(len(packed.input_ids)) if torch.is_grad_enabled() else ()
         step = Step(
             cos=cos,
             sin=sin,
@@ -187,7 +218,8 @@ class DecoderEngine:
             last=packed.last,
             p=p,
             seed=seed,
-            checkpoint=self.checkpoint,
+            keep=keep,
+            host=HostCopies(self.device) if keep and keep[0] == Keep.HOST and self.device.type == "cuda" else None,
         )
         return self.run(packed.input_ids, step)
 

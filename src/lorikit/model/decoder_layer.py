@@ -4,9 +4,9 @@
     a = attention          x2 = x + a W_o^T + lora         h2 = norm(x2)
     g, u = h2 W_gate_up^T + lora       y = x2 + (silu(g) u) W_down^T + lora
 
-Kept for the backward: x, q, k, v, a, x2, gate_up and the adapters' inner products; norms, rope's inverse and silu(g) u are
-computed again. With `checkpoint` only x is kept. Frozen weights never get a gradient, and nothing is propagated below the
-first adapter. The last layer computes query, attention, output and MLP only where a label needs them.
+Kept for the backward is what the layer's level in decoder_memory.py says, and the adapters' inner products; the rest is
+computed again. Frozen weights never get a gradient, and nothing is propagated below the first adapter. The last layer
+computes query, attention, output and MLP only where a label needs them.
 
 T tokens, S of them with a query, L of them with a label; D hidden, H heads, K kv heads, E head dim, F ffn, R rank.
 """
@@ -24,6 +24,8 @@ from torch.nn.functional import linear
 
 from lorikit.model.decoder_adapter import NO_LORAS, LayerLoras, Lora
 from lorikit.model.decoder_config import DecoderShape
+from lorikit.model.decoder_memory import Keep
+from lorikit.model.decoder_offload import HostCopies
 from lorikit.model.decoder_weights import LayerWeights
 from lorikit.model.kernels.lora_a import lora_a, lora_a_backward
 from lorikit.model.kernels.lora_b import add_lora_b, lora_b_backward
@@ -62,7 +64,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of one forward share. `attend` is called as attend(layer, q, k, v); `last` is of the last layer."""
+    """What all layers of one forward share. `attend` is called as attend(layer, q, k, v); `last` is of the last layer;
+    `keep` has a level for each layer, and `host` is where inputs go at the lowest."""
 
     cos: Tensor
     sin: Tensor
@@ -71,7 +74,8 @@ class Step:
     last: Rows | None = None
     p: float = 0.0
     seed: int | Tensor = 0
-    checkpoint: bool = False
+    keep: tuple[Keep, ...] = ()
+    host: HostCopies | None = None
 
     def rows(self, layer: Layer) -> Rows | None:
         """The rows that this layer is cut to, None for all."""
@@ -89,15 +93,20 @@ def run_layer(x: Tensor, layer: Layer, step: Step) -> Tensor:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, step: Step, *parameters: nn.Parameter) -> Tensor:
-        y, kept = _forward(x, layer, step, differentiable=not step.checkpoint)
-        ctx.layer, ctx.step, ctx.kept = layer, step, None if step.checkpoint else kept
-        ctx.save_for_backward(x)
+        keep = step.keep[layer.number] if step.keep else Keep.GATE_UP
+        y, kept = _forward(x, layer, step, differentiable=keep >= Keep.PRODUCTS)
+        ctx.layer, ctx.step, ctx.kept = layer, step, None if keep < Keep.PRODUCTS else kept.at(keep)
+        ctx.on_host = None
+        if keep == Keep.HOST and step.host is not None:
+            ctx.on_host = step.host.put(x)
+        else:
+            ctx.save_for_backward(x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0] if ctx.on_host is None else ctx.step.host.take(ctx.on_host)
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             _, kept = _forward(x, ctx.layer, ctx.step, differentiable=True)
@@ -107,7 +116,8 @@ class _Layer(torch.autograd.Function):
 
 @dataclass(slots=True)
 class _Kept:
-    """What a forward leaves to its backward. `q`, `k`, `v` are leaves of the graph that ends in `attended`."""
+    """What a forward leaves to its backward. `q`, `k`, `v` are leaves of the graph that ends in `attended`; what may be
+    None is then computed again."""
 
     q: Tensor
     k: Tensor
@@ -115,18 +125,31 @@ class _Kept:
     attended: Tensor
     a: Tensor
     x2: Tensor
-    gate_up: Tensor
+    z: dict[str, Tensor | None]
     raw_q: Tensor | None
     raw_k: Tensor | None
-    z: dict[str, Tensor | None]
+    gate_up: Tensor | None
+    h: Tensor | None
+    h2: Tensor | None
+    m: Tensor | None
+
+    def at(self, keep: Keep) -> _Kept:
+        """Without what a level leaves out."""
+        if keep < Keep.ALL:
+            self.h = self.h2 = self.m = None
+        if keep < Keep.GATE_UP:
+            self.gate_up = None
+        return self
 
 
 def _forward(x: Tensor, layer: Layer, step: Step, *, differentiable: bool) -> tuple[Tensor, _Kept]:
     w, eps, rows = layer.weights, layer.shape.eps, step.rows(layer)
     z: dict[str, Tensor | None] = {}
-    q, k, v = _project(rmsnorm(x, w.norm, eps), layer, step, z)
-    raw_q, raw_k = q, k
+    h = rmsnorm(x, w.norm, eps)
+    q, k, v = _project(h, layer, step, z)
+    raw_q = raw_k = None
     if w.q_norm is not None and w.k_norm is not None:
+        raw_q, raw_k = q, k
         q, k = rmsnorm(q, w.q_norm, eps), rmsnorm(k, w.k_norm, eps)
     _turn(rope, q, k, step, rows)
     with torch.set_grad_enabled(differentiable):  # the graph of the attention alone; the rest is done by hand
@@ -139,11 +162,9 @@ def _forward(x: Tensor, layer: Layer, step: Step, *, differentiable: bool) -> tu
     o, z["o"] = _product(a, w.o, w.o_bias, layer.loras.o, step)
     x2, h2 = add_rmsnorm(x, o, w.mlp_norm, eps)
     gate_up, z["gate_up"] = _product(h2, w.gate_up, w.gate_up_bias, layer.loras.gate_up, step)
-    down, z["down"] = _product(swiglu(gate_up), w.down, w.down_bias, layer.loras.down, step)
-    kept = _Kept(q, k, v, attended, a, x2, gate_up, None, None, z)
-    if w.q_norm is not None:
-        kept.raw_q, kept.raw_k = raw_q, raw_k
-    return down.add_(x2), kept
+    m = swiglu(gate_up)
+    down, z["down"] = _product(m, w.down, w.down_bias, layer.loras.down, step)
+    return down.add_(x2), _Kept(q, k, v, attended, a, x2, z, raw_q, raw_k, gate_up, h, h2, m)
 
 
 def _project(h: Tensor, layer: Layer, step: Step, z: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,19 +200,26 @@ def _backward(
     needs_qkv = needs_x or loras.qkv is not None
     needs_x2 = needs_qkv or loras.o is not None
     needs_gate_up = needs_x2 or loras.gate_up is not None
-    m = swiglu(kept.gate_up) if loras.down is not None else kept.gate_up
+    h2, gate_up, m = kept.h2, kept.gate_up, kept.m
+    if h2 is None and (gate_up is None or loras.gate_up is not None):
+        h2 = rmsnorm(kept.x2, w.mlp_norm, eps)
+    if gate_up is None:
+        assert h2 is not None
+        gate_up, _ = _product(h2, w.gate_up, w.gate_up_bias, loras.gate_up, step, kept.z["gate_up"])
+    if m is None:
+        m = swiglu(gate_up) if loras.down is not None else gate_up
     grad_m, grads = _product_backward(grad, m, kept.z["down"], w.down, loras.down, step, needs_x=needs_gate_up)
     if grad_m is None:
         return None, grads
-    grad_gate_up = swiglu_backward(grad_m, kept.gate_up)
-    h2 = rmsnorm(kept.x2, w.mlp_norm, eps) if loras.gate_up is not None else kept.x2
+    grad_gate_up = swiglu_backward(grad_m, gate_up)
+    h2 = kept.x2 if h2 is None else h2
     grad_h2, more = _product_backward(
         grad_gate_up, h2, kept.z["gate_up"], w.gate_up, loras.gate_up, step, needs_x=needs_x2
     )
     grads = more + grads
     if grad_h2 is None:
         return None, grads
-    grad_x2 = rmsnorm_backward(grad_h2, kept.x2, w.mlp_norm, eps).add_(grad)
+    grad_x2 = rmsnorm_backward(grad_h2, kept.x2, w.mlp_norm, eps, plus=grad)
     grad_a, more = _product_backward(grad_x2, kept.a, kept.z["o"], w.o, loras.o, step, needs_x=needs_qkv)
     grads = more + grads
     if grad_a is None:
@@ -200,8 +228,9 @@ def _backward(
     grads = more + grads
     if grad_h is None:
         return None, grads
-    grad_x = rmsnorm_backward(grad_h, x, w.norm, eps)
-    return grad_x.add_(grad_x2) if rows is None else grad_x.index_add_(0, rows.outputs, grad_x2), grads
+    if rows is None:
+        return rmsnorm_backward(grad_h, x, w.norm, eps, plus=grad_x2), grads
+    return rmsnorm_backward(grad_h, x, w.norm, eps).index_add_(0, rows.outputs, grad_x2), grads
 
 
 def _attention_backward(
@@ -219,7 +248,7 @@ def _attention_backward(
         grad_qkv[0] = rmsnorm_backward(grad_qkv[0], kept.raw_q, w.q_norm, eps)
         grad_qkv[1] = rmsnorm_backward(grad_qkv[1], kept.raw_k, w.k_norm, eps)
     flat = [t.flatten(1) for t in grad_qkv]
-    h = rmsnorm(x, w.norm, eps) if loras.qkv is not None else x
+    h = kept.h if kept.h is not None else rmsnorm(x, w.norm, eps) if loras.qkv is not None else x
     if rows is None:
         return _product_backward(torch.cat(flat, 1), h, kept.z["qkv"], w.qkv, loras.qkv, step, needs_x=needs_h)
     width = layer.shape.q_width
@@ -234,13 +263,15 @@ def _attention_backward(
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, step: Step
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, step: Step, z: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """x W^T + bias + the adapters -> y, and the adapters' inner products z (rows, M R) before their scale."""
+    """x W^T + bias + the adapters -> y, and the adapters' inner products z (rows, M R) before their scale, if they are
+    not known yet."""
     y = linear(x, weight, bias)
     if lora is None:
         return y, None
-    z = lora_a(x.to(lora.a.dtype), lora.a, step.p, step.seed, lora.streams)
+    if z is None:
+        z = lora_a(x.to(lora.a.dtype), lora.a, step.p, step.seed, lora.streams)
     wide = y.to(z.dtype)  # in another type than the base's the sum is rounded once, as in peft
     add_lora_b(wide, z, lora.b, lora.starts, lora.scale)
     return wide.to(y.dtype), z

@@ -12,6 +12,7 @@ from lorikit.config import LoraSettings, ModelConfig
 from lorikit.errors import OutOfMemoryError
 from lorikit.model import lora
 from lorikit.model.decoder_config import DecoderShape, decoder_shape, supported
+from lorikit.model.decoder_memory import Keep
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,13 @@ def plan(
 
 
 def load(
-    plan: Plan, dtype: torch.dtype, device: torch.device, *, seed: int, checkpoint: bool, graphs: bool = False
+    plan: Plan,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int,
+    checkpoint: bool,
+    gpu_memory_gib: float | None = None,
 ) -> DecoderEngine:
     """The engine. ModelError for damaged weights or an adapter that does not fit, OutOfMemoryError where the weights do
     not fit the device."""
@@ -77,7 +84,10 @@ def load(
         adapter.initialise(seed)
     else:
         adapter.load(lora.read_weights(plan.adapter), f"{plan.adapter} does not fit the base {base.name}")
-    return DecoderEngine(plan.shape, weights, adapter, checkpoint=checkpoint, graphs=graphs)
+    gpu_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
+    # On a CPU the norms cost little, and what is not kept is not written and read again.
+    highest = Keep.INPUT if checkpoint else Keep.GATE_UP if device.type == "cpu" else Keep.ALL
+    return DecoderEngine(plan.shape, weights, adapter, highest=highest, gpu_bytes=gpu_bytes)
 
 
 def _settings_reason(config: ModelConfig, new: LoraSettings | None, device: torch.device) -> str | None:

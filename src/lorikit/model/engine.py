@@ -43,6 +43,11 @@ class Token:
     finish: str | None
 
 
+# Beyond these a larger forward is no faster, it only takes memory. On 2 cores SmolLM2-135M trains 128 tokens a CPU second
+# at 256 tokens in 1.8 GiB, 132 at 512 in 2.3 GiB and 89 at 2048 in 4.3 GiB.
+BEST_TOKENS, BEST_TOKENS_CPU = 16384, 256
+
+
 class Engine(Protocol):
     """A base model with one adapter (or none) on one device."""
 
@@ -53,6 +58,10 @@ class Engine(Protocol):
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
+        ...
+
+    def best_tokens(self) -> int:
+        """Tokens of a forward beyond which a larger one is no faster."""
         ...
 
     def clear_gradient(self) -> None:

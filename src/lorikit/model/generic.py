@@ -26,7 +26,7 @@ from lorikit.data.pack import pack, to_device
 from lorikit.data.values import IGNORE, Batch, Example
 from lorikit.errors import ModelError
 from lorikit.model import lora, packed_attention
-from lorikit.model.engine import Sampling, Token
+from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
 from lorikit.model.streaming import stream_tokens
 
 if TYPE_CHECKING:
@@ -57,6 +57,10 @@ class GenericEngine:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
         losses = [cross_entropy(logits, want, reduction="sum") for logits, want in self._logits(batch)]
         return torch.stack(losses).sum()
+
+    def best_tokens(self) -> int:
+        """Tokens of a forward beyond which a larger one is no faster."""
+        return BEST_TOKENS_CPU if self.device.type == "cpu" else BEST_TOKENS
 
     def clear_gradient(self) -> None:
         """Begin an optimizer step: the parameters have no gradient."""

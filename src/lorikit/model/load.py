@@ -74,7 +74,7 @@ def load_engine(
                 device,
                 seed=seed,
                 checkpoint=gradient_checkpointing,
-                graphs=config.cuda_graphs,
+                gpu_memory_gib=config.gpu_memory_gib,
             )
         if config.engine == "decoder":
             raise ModelError(f"{base.name}: the decoder cannot take it, {plan}; set model.engine: auto or generic")

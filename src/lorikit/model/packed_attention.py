@@ -123,6 +123,6 @@ def _by_sequence(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: f
                 is_causal=mask is None,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
-            )
+            )[0].transpose(0, 1)
         )
-    return torch.cat(out, dim=2)[0].transpose(0, 1)
+    return torch.cat(out)  # (S, heads, D), contiguous: the caller's flattening needs no copy

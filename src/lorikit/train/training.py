@@ -64,7 +64,7 @@ class Training:
         self.base_name, self.base_revision = base_name, base_revision
         self.plan = plan_steps(config.train, len(rows))
         self.optimizer = make_optimizer(engine, config.train)
-        self.budget = Budget(config.train.max_tokens_per_forward, engine.device.type, self.report.say)
+        self.budget = Budget(config.train.max_tokens_per_forward or engine.best_tokens(), self.report.say)
         self.state = State()
 
     def restore(self) -> None:

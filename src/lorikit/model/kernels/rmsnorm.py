@@ -49,29 +49,24 @@ def add_rmsnorm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[T
     return total, y
 
 
-def rmsnorm_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, accumulate: bool = False
-) -> Tensor:
-    """grad_y and x (T, D) or (T, H, D) -> grad_x in x's dtype; the statistics are computed again.
+def rmsnorm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float, plus: Tensor | None = None) -> Tensor:
+    """grad_y and x (T, D) or (T, H, D) -> grad_x in x's dtype, contiguous; the statistics are computed again.
 
-    With `out` (x's shape and dtype, contiguous last dimension) grad_x is written there, or added to it with `accumulate`.
-    Raises ValueError when shapes do not fit.
+    `plus` (x's shape and dtype, contiguous last dimension) is added to it: the gradient that passes by the norm. Raises
+    ValueError when shapes do not fit.
     """
     _check(x, weight)
-    if grad_y.shape != x.shape or (out is not None and (out.shape != x.shape or out.dtype != x.dtype)):
+    if grad_y.shape != x.shape or (plus is not None and (plus.shape != x.shape or plus.dtype != x.dtype)):
         raise ValueError(
-            f"grad_y {tuple(grad_y.shape)} and out must have x's shape {tuple(x.shape)}, out its dtype too"
+            f"grad_y {tuple(grad_y.shape)} and plus must have x's shape {tuple(x.shape)}, plus its dtype too"
         )
-    if accumulate and out is None:
-        raise ValueError("accumulate needs out, the buffer that grad_x is added to")
-    if not _takes(grad_y, x, weight) or (out is not None and not _takes(out)):
+    if not _takes(grad_y, x, weight) or (plus is not None and not _takes(plus)):
         grad_x = rmsnorm_backward_reference(grad_y, x, weight, eps)
-        if out is None:
-            return grad_x
-        return out.add_(grad_x) if accumulate else out.copy_(grad_x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    strides = (*_layout(x), *_layout(grad_y)[1:], *_layout(out)[1:])
-    _run(_backward_kernel, (x, weight, grad_y, out), strides, eps, add=accumulate)
+        return grad_x if plus is None else grad_x.add_(plus)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    other = out if plus is None else plus
+    strides = (*_layout(x), *_layout(grad_y)[1:], *_layout(other)[1:])
+    _run(_backward_kernel, (x, weight, grad_y, other, out), strides, eps, add=plus is not None)
     return out
 
 
@@ -167,6 +162,7 @@ def _backward_kernel(
     x_at: Pointer,
     weight_at: Pointer,
     grad_at: Pointer,
+    plus_at: Pointer,
     out_at: Pointer,
     num_rows: Value,
     eps: Value,
@@ -175,8 +171,8 @@ def _backward_kernel(
     x_inner: Value,
     grad_outer: Value,
     grad_inner: Value,
-    out_outer: Value,
-    out_inner: Value,
+    plus_outer: Value,
+    plus_inner: Value,
     WIDTH: constexpr,
     ROWS: constexpr,
     COLUMNS: constexpr,
@@ -191,7 +187,7 @@ def _backward_kernel(
     r = 1.0 / tl.sqrt(tl.sum(x * x, axis=1)[:, None] / WIDTH + eps)
     n = x * r
     grad_x = r * (g - n * (tl.sum(g * n, axis=1)[:, None] / WIDTH))
-    target = out_at + _offsets(row, column, heads, out_outer, out_inner)
     if ADD:
-        grad_x += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target, grad_x.to(out_at.dtype.element_ty), mask=inside)
+        plus = plus_at + _offsets(row, column, heads, plus_outer, plus_inner)
+        grad_x += tl.load(plus, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_at + row.to(tl.int64) * WIDTH + column, grad_x.to(out_at.dtype.element_ty), mask=inside)
