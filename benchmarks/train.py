@@ -24,6 +24,8 @@ import torch
 from lorikit.config import load_config
 from lorikit.data.values import IGNORE, Example
 from lorikit.hub import Resolved
+from lorikit.model.decoder import DecoderEngine
+from lorikit.model.engine import Engine
 from lorikit.model.load import load_engine
 from lorikit.train.adamw import make_optimizer
 from lorikit.train.metrics import peak_memory
@@ -83,14 +85,26 @@ def main() -> None:
         "loss": round(done.loss_sum / done.num_targets, 4),
         "grad_norm": round(done.norm, 4),
         "load_seconds": round(loaded, 1),
+        "first_step_seconds": round(seconds[0], 2),
+        **captures(engine),
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else platform.processor(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
     print(json.dumps(result))
     if arguments.profile:
+        mean = sum(tokens) / len(tokens)
+        step = min(range(len(tokens)), key=lambda k: abs(tokens[k] - mean))
+        examples = rows[step * arguments.batch : (step + 1) * arguments.batch]
         with torch.profiler.profile() as profile:
-            take_step(engine, optimizer, rows[: arguments.batch], budget, dropout_seed=1, learning_rate=1e-4)
-        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
+            take_step(engine, optimizer, examples, budget, dropout_seed=1, learning_rate=1e-4)
+        print(f"a step of {tokens[step]} tokens, a typical one, which took {seconds[step] * 1000:.1f} ms")
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=60))
+
+
+def captures(engine: Engine) -> dict[str, float]:
+    """How many CUDA graphs the steps needed, and what capturing them took."""
+    graphs = engine._graphs if isinstance(engine, DecoderEngine) else None
+    return {} if graphs is None else {"graphs": len(graphs), "capture_seconds": round(graphs.capture_seconds, 2)}
 
 
 def parse() -> argparse.Namespace:

@@ -14,6 +14,7 @@ from lorikit.data.pack import pack  # noqa: E402
 from lorikit.data.values import IGNORE, Example  # noqa: E402
 from lorikit.hub import Resolved  # noqa: E402
 from lorikit.model.decoder import DecoderEngine  # noqa: E402
+from lorikit.model.decoder_memory import Keep, passing_bytes  # noqa: E402
 from lorikit.model.engine import Sampling  # noqa: E402
 from lorikit.model.load import load_engine  # noqa: E402
 
@@ -122,6 +123,37 @@ def test_a_replayed_graph_gives_what_its_kernels_give_one_by_one(base, dropout):
             error, size = float((p.grad - graphed[name]).norm()), float(graphed[name].norm())
             assert error <= 1e-2 * size, f"step {seed}, {name}: {error} of {size}"
     assert len(engine._graphs) == 2
+
+
+@pytest.mark.parametrize("level", [Keep.HOST, Keep.INPUT, Keep.PRODUCTS, Keep.GATE_UP])
+def test_how_much_the_layers_keep_changes_no_gradient(base, level):
+    batch = pack(rows(5))
+    engine = build(base, "decoder", "bfloat16", 0.1)
+    torch.manual_seed(4)
+    want_loss, want = gradient(engine, batch)
+    engine = build(base, "decoder", "bfloat16", 0.1)
+    engine.highest = level
+    torch.manual_seed(4)
+    loss, got = gradient(engine, batch)
+    assert bool(engine._graphs) == (level > Keep.HOST)
+    assert loss == pytest.approx(want_loss, rel=1e-3)
+    for name, value in want.items():
+        assert (got[name] - value).norm() <= 2e-2 * value.norm() > 0, name
+
+
+def test_a_limit_on_the_memory_is_kept(base):
+    engine = build(base, "decoder", "bfloat16", 0.1)
+    batch = pack([Example(list(range(3, 990)), list(range(3, 990)), f"row:{k}") for k in range(8)])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    gradient(engine, batch)
+    free = torch.cuda.max_memory_allocated()
+    limited = build(base, "decoder", "bfloat16", 0.1)
+    limited._free = passing_bytes(limited.shape, batch.num_tokens, 2)  # room for nothing that is kept
+    assert set(limited.levels(batch.num_tokens)) == {Keep.HOST}
+    torch.cuda.reset_peak_memory_stats()
+    gradient(limited, batch)
+    assert torch.cuda.max_memory_allocated() < free
 
 
 def test_an_optimizer_step_reaches_the_graph(base):

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from lorikit.config import LoraSettings, ModelConfig, RunConfig
+from lorikit.data.pack import pack
 from lorikit.data.values import Example
 from lorikit.errors import Interrupted, OutOfMemoryError
 from lorikit.hub import Resolved
@@ -76,10 +77,15 @@ def test_a_run_that_was_stopped_on_a_gpu_resumes_to_the_same_bytes(base, tmp_pat
 
 def test_a_step_that_does_not_fit_the_gpu_is_halved_and_a_row_that_does_not_fit_is_named(base, tmp_path):
     total = torch.cuda.get_device_properties(0).total_memory
+    made = training(base, tmp_path / "run", rows(34, 1024), max_tokens_per_forward=32 * 1024)
+    torch.cuda.reset_peak_memory_stats(0)
+    before = torch.cuda.memory_allocated(0)
+    made.engine.clear_gradient()
+    made.engine.add_gradient(pack(rows(16, 1024)))
+    needed = torch.cuda.max_memory_allocated(0) - before
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + 96 * 2**20) / total, 0)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + needed / 2) / total, 0)
     try:
-        made = training(base, tmp_path / "run", rows(34, 1024), max_tokens_per_forward=32 * 1024)
         made.run()
         assert "out of memory at" in made.report.console.file.getvalue()
         assert 1024 <= made.budget.max_tokens < 32 * 1024
