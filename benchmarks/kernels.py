@@ -365,11 +365,11 @@ def optimizer(_: int) -> Case:
 
     def want() -> tuple[Tensor, ...]:
         state = param.clone(), grad, exp_avg.clone(), exp_avg_sq.clone()
-        norm = adamw.adamw_reference(*state, *rest)
+        norm = adamw.adamw_reference(*state, *rest, 1, torch.zeros((), device="cuda"))
         return state[0], state[2], state[3], norm
 
     def plain() -> Tensor:
-        return adamw.adamw_reference(param, grad, exp_avg, exp_avg_sq, *rest)
+        return adamw.adamw_reference(param, grad, exp_avg, exp_avg_sq, *rest, 1, torch.zeros((), device="cuda"))
 
     num_bytes = 2 * bytes_of(param, exp_avg, exp_avg_sq) + bytes_of(grad, copy)
     return Case(run, plain, want, num_bytes, torch.float32)

@@ -198,6 +198,12 @@ def check_adamw(size, max_norm, steps, device="cpu"):
         norm = adamw_step(param, grad, exp_avg, exp_avg_sq, steps + 1, 1.0, (0.9, 0.999), 1e-8, 0.1, max_norm)
         assert not norm.isfinite()
         assert all(torch.equal(a, b) for a, b in zip(state, (param, exp_avg, exp_avg_sq), strict=True))
+    stopped = torch.zeros((), dtype=torch.int32, device=device)
+    rest = (steps + 1, 1.0, (0.9, 0.999), 1e-8, 0.1, max_norm, 1, stopped)
+    assert not adamw_step(param, grad, exp_avg, exp_avg_sq, *rest).isfinite()
+    assert stopped.item() == 1
+    assert adamw_step(param, torch.ones_like(grad), exp_avg, exp_avg_sq, *rest).isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(state, (param, exp_avg, exp_avg_sq), strict=True))
 
 
 @DTYPES

@@ -28,19 +28,16 @@ LAUNCHES = {
         "*x *x *x *x *fp32 *i64 i32 i32 i32 i32 i32 i32 i32 fp32",
         DROPPING | {"NEEDS_X": True, "ADD": True, "COLUMNS": 64, "SHARE": 256},
     ),
-    "sums._sum_kernel": ("*fp32 *x i32 i32", {"SHARES": 8, "BLOCK": 512}),
+    "sums._sum_kernel": ("*fp32 *x i32 i32", {"TOGETHER": 8, "BLOCK": 256}),
     "lora_b._add_kernel": ("*x *x *x *x *x i32 i32 i32 i32 i32 i32 i32 i32 fp32", B),
     "lora_b._backward_kernel": (
         "*x *x *x *x *x i32 i32 i32 i32 i32 i32 *fp32 *fp32 i32 i32 fp32",
         B | {"SHARE": 512},
     ),
-    "lora_b._sum_u_kernel": (
-        "*fp32 *x i32 i32 i32 i32 i32 i32 i32",
-        {"MODULES": 3, "RANK": 8, "MOST": 32, "BLOCK": 64},
-    ),
+    "lora_b._sum_u_kernel": ("*fp32 *x i32 i32 i32 i32 i32 i32 i32 i32", {"MODULES": 3, "RANK": 8, "BLOCK": 64}),
     "adamw._squares_kernel": ("*fp32 *fp32 i32", {"EACH": 21, "BLOCK": 1024}),
     "adamw._update_kernel": (
-        "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
+        "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *i32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
         {"PARTS": 1024, "CLIP": True, "BLOCK": 1024},
     ),
 }

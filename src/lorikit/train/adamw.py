@@ -26,7 +26,11 @@ class AdamW(Protocol):
 
     def step(self, learning_rate: float, num_targets: int) -> Tensor:
         """Apply the parameters' `.grad`, a sum over `num_targets` labels; returns its norm () float32 after the division
-        and before clipping. A norm that is not finite leaves parameters and state as they were."""
+        and before clipping. A norm that is not finite leaves parameters and state as they were, then and ever after."""
+        ...
+
+    def runs_behind(self) -> bool:
+        """Whether `step` returns before the device has done it."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -50,6 +54,7 @@ class FlatAdamW:
     def __init__(self, engine: Engine, flat: Tensor, grad: Tensor, config: TrainConfig) -> None:
         self._engine, self._flat, self._grad, self._config = engine, flat, grad, config
         self._moments = {name: torch.zeros_like(flat) for name in MOMENTS[:2]}
+        self._stopped = torch.zeros((), dtype=torch.int32, device=flat.device)
         self._done = 0
 
     @torch.no_grad()
@@ -69,7 +74,12 @@ class FlatAdamW:
             c.weight_decay,
             c.max_grad_norm,
             num_targets,
+            self._stopped,
         )
+
+    def runs_behind(self) -> bool:
+        """On a GPU."""
+        return self._flat.is_cuda
 
     def state(self) -> dict[str, Tensor]:
         """See `AdamW.state`."""
@@ -124,6 +134,10 @@ class TorchAdamW:
             group["lr"] = learning_rate
         self._adamw.step()
         return norm
+
+    def runs_behind(self) -> bool:
+        """No: it waits for the norm."""
+        return False
 
     def state(self) -> dict[str, Tensor]:
         """See `AdamW.state`."""

@@ -5,8 +5,8 @@
     w = w (1 - lr weight_decay) - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 As torch's clip_grad_norm_ and AdamW. Two kernels: the squares are summed per block of the buffer in a fixed order, then
-every block of the update adds up those sums for itself. Where the norm is not finite nothing is changed, so that the
-host may look at it after the fact.
+every block of the update adds up those sums for itself. From the first norm that is not finite on nothing is changed, so
+that the host may look at it a step later.
 """
 
 from __future__ import annotations
@@ -34,18 +34,21 @@ def adamw_step(
     weight_decay: float,
     max_norm: float,
     count: int = 1,
+    stopped: Tensor | None = None,
 ) -> Tensor:
     """Step number `step` (from 1), in place on param, exp_avg and exp_avg_sq; returns the norm () before clipping.
 
     All (n,) float32, contiguous, on one device; grad is a sum over `count` and is left as it is; max_norm 0 clips nothing.
-    A gradient that is not finite changes nothing, and its norm says so. Raises ValueError when a shape or dtype does not
-    fit.
+    A gradient that is not finite changes nothing, its norm says so, and `stopped` (), int32, becomes 1; while that is 1
+    nothing changes either. Raises ValueError when a shape or dtype does not fit.
     """
     flat = (param, grad, exp_avg, exp_avg_sq)
     if any(t.dim() != 1 or t.shape != param.shape or t.dtype != torch.float32 or not t.is_contiguous() for t in flat):
         raise ValueError("param, grad, exp_avg and exp_avg_sq must be flat, contiguous float32 of the same length")
+    if stopped is None:
+        stopped = torch.zeros((), dtype=torch.int32, device=param.device)
     if not runs_kernel(*flat):
-        return adamw_reference(*flat, step, lr, betas, eps, weight_decay, max_norm, count)
+        return adamw_reference(*flat, step, lr, betas, eps, weight_decay, max_norm, count, stopped)
     size = param.numel()
     parts = torch.empty(_PARTS, dtype=torch.float32, device=param.device)
     norm = torch.empty((), dtype=torch.float32, device=param.device)
@@ -59,6 +62,7 @@ def adamw_step(
         *flat,
         parts,
         norm,
+        stopped,
         size,
         used,
         1 / count,
@@ -88,11 +92,14 @@ def adamw_reference(
     eps: float,
     weight_decay: float,
     max_norm: float,
-    count: int = 1,
+    count: int,
+    stopped: Tensor,
 ) -> Tensor:
     """What the kernels compute, in torch; it waits for the norm."""
     norm: Tensor = torch.linalg.vector_norm(grad) / count
     if not norm.isfinite():
+        stopped.fill_(1)
+    if stopped:
         return norm
     grad = grad * (min(max_norm / (float(norm) + 1e-6), 1.0) / count if max_norm > 0 else 1 / count)
     correction_1, correction_2 = _corrections(step, betas)
@@ -131,6 +138,7 @@ def _update_kernel(
     exp_avg_sq_at: Pointer,
     parts_at: Pointer,
     norm_at: Pointer,
+    stopped_at: Pointer,
     num_elements: Value,
     num_parts: Value,
     scale: Value,
@@ -148,10 +156,12 @@ def _update_kernel(
 ) -> None:
     part = tl.arange(0, PARTS)
     norm = tl.sqrt(tl.sum(tl.load(parts_at + part, mask=part < num_parts, other=0.0), axis=0)) * scale
+    stopped = tl.load(stopped_at)
     if tl.program_id(0) == 0:
         tl.store(norm_at, norm)
+        tl.store(stopped_at, tl.where(norm < float("inf"), stopped, 1))
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.where(norm < float("inf"), num_elements, 0)  # nothing for NaN too
+    inside = at < tl.where(norm < float("inf"), num_elements * (1 - stopped), 0)  # nothing for NaN too
     if CLIP:
         scale *= tl.minimum(max_norm / (norm + 1e-6), 1.0)
     grad = tl.load(grad_at + at, mask=inside, other=0.0) * scale

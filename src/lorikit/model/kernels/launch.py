@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,11 +53,65 @@ def kernel(*varying: str) -> Callable[[Callable[..., Any]], Any]:
 
 def launch(function: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
     """Start a kernel on the device of its first argument, which need not be the current one."""
-    if first.is_cuda:
+    if not first.is_cuda:
+        function[grid](first, *arguments, **options)
+    elif _ahead:
+        _ahead[-1].add(function, grid, (first, *arguments), options)
+    else:
         with torch.cuda.device(first.device):
             function[grid](first, *arguments, **options)
-    else:
-        function[grid](first, *arguments, **options)
+
+
+class _Ahead:
+    """The kernels that a computation will need, each compiled once, in threads."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self.jobs: dict[Any, Future[None]] = {}
+
+    def add(self, function: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Have a launch compiled. Of tensors only the type is held on to, and that they are aligned, as most are."""
+        device = arguments[0].device
+        kinds = tuple(a.dtype if isinstance(a, Tensor) and a.data_ptr() % 16 == 0 else a for a in arguments)
+        key = (function, device, tuple(_class_of(kind) for kind in kinds), tuple(sorted(options.items())))
+        if key not in self.jobs:
+            self.jobs[key] = self._pool.submit(_compile, function, grid, kinds, options, device)
+
+
+def _class_of(argument: Any) -> Any:
+    """Arguments of one class get the same kernel: Triton looks whether a number is 1 or divisible by 16, and at its size."""
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, abs(argument) < 2**31
+    return argument if isinstance(argument, torch.dtype) else type(argument)
+
+
+def _compile(
+    function: Any, grid: tuple[int, ...], kinds: tuple[Any, ...], options: dict[str, Any], device: torch.device
+) -> None:
+    with torch.cuda.device(device):
+        compiled = function.warmup(*kinds, grid=grid, **options)
+        compiled.run  # noqa: B018  loads it, and compiles the C function that starts it
+
+
+_ahead: list[_Ahead] = []  # filled by compiling_ahead alone; the threads of autograd look at it too
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Inside it kernels on a GPU are not started but compiled, at the same time; they are ready when it ends.
+
+    What they would have written is then undefined, so this is for a rehearsal whose result nobody uses. One after the
+    other at their first use, the kernels of a training step take half a minute.
+    """
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        ahead = _Ahead(pool)
+        _ahead.append(ahead)
+        try:
+            yield
+        finally:
+            _ahead.remove(ahead)
+    for job in ahead.jobs.values():
+        job.result()
 
 
 def block(size: int, least: int = 16) -> int:

@@ -99,9 +99,9 @@ def lora_b_backward(
         *blocks,
         *none,
         tokens * rank,
+        max(blocks),
         MODULES=len(b),
         RANK=rank,
-        MOST=max(blocks),
         BLOCK=64,
         num_warps=2,
     )
@@ -262,11 +262,10 @@ def _backward_tile(
     tl.store(parts_b + column[:, None] * RANK + rank, total * scale, mask=of_b)
 
 
-@kernel("num_elements", "first_0", "first_1", "first_2", "count_0", "count_1", "count_2")
+@kernel("num_elements", "first_0", "first_1", "first_2", "count_0", "count_1", "count_2", "most")
 def _sum_u_kernel(
     parts_at: Pointer, out_at: Pointer, first_0: Value, first_1: Value, first_2: Value, count_0: Value, count_1: Value,
-    count_2: Value, num_elements: Value, MODULES: constexpr, RANK: constexpr, MOST: constexpr,
-    BLOCK: constexpr,
+    count_2: Value, num_elements: Value, most: Value, MODULES: constexpr, RANK: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     """out (T, M R): for each module the sum of its blocks of parts (blocks, T, R), in their order."""
     module = tl.program_id(1)
@@ -274,10 +273,12 @@ def _sum_u_kernel(
     count = tl.where(module == 0, count_0, tl.where(module == 1, count_1, count_2))
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, MOST, 16):
+    start = 0
+    while start < most:
         number = (start + tl.arange(0, 16))[:, None]
         inside = (number < count) & (at[None, :] < num_elements)
         parts = parts_at + (first + number).to(tl.int64) * num_elements + at[None, :]
         total += tl.sum(tl.load(parts, mask=inside, other=0.0), axis=0)
+        start += 16
     out = out_at + (at // RANK).to(tl.int64) * (MODULES * RANK) + module * RANK + at % RANK
     tl.store(out, total.to(out_at.dtype.element_ty), mask=at < num_elements)
