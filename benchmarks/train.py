@@ -29,7 +29,7 @@ from lorikit.model.engine import Engine
 from lorikit.model.load import load_engine
 from lorikit.train.adamw import make_optimizer
 from lorikit.train.metrics import peak_memory
-from lorikit.train.optim import Budget, derived_seed, take_step
+from lorikit.train.optim import Budget, InFlight, begin_step, derived_seed, prepare_step, take_step
 
 WARM_UP = 2  # steps that find their kernels; they count in all_steps_seconds only
 
@@ -58,15 +58,21 @@ def main() -> None:
     rows = make_rows(arguments, arguments.batch * (arguments.steps + WARM_UP))
     engine.train()
     seconds, tokens = [], []
-    for step in range(arguments.steps + WARM_UP):
+    count = arguments.steps + WARM_UP
+
+    def begin(step: int) -> InFlight:
         examples = rows[step * arguments.batch : (step + 1) * arguments.batch]
-        started = time.perf_counter()
-        done = take_step(
-            engine, optimizer, examples, budget, dropout_seed=derived_seed(0, "dropout", step), learning_rate=1e-4
-        )
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()
+        prepared = prepare_step(engine, examples, budget)
+        seed = derived_seed(0, "dropout", step)
+        return begin_step(engine, optimizer, prepared, budget, dropout_seed=seed, learning_rate=1e-4)
+
+    started, ahead = time.perf_counter(), None
+    for step in range(count):  # one step ahead, as the loop of `lorikit train`
+        in_flight = ahead or begin(step)
+        ahead = begin(step + 1) if optimizer.runs_behind() and step + 1 < count else None
+        done = in_flight.result()
         seconds.append(time.perf_counter() - started)
+        started += seconds[-1]
         tokens.append(done.num_tokens)
         assert math.isfinite(done.loss_sum), "the loss is not finite"
         assert done.norm > 0, "there is no gradient: the figure would be worthless"

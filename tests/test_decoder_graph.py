@@ -24,8 +24,7 @@ def engine_for(folder, dropout=0.0, **changes):
 def in_bucket(engine, batch, bucket, seed=0):
     """Loss and gradients as the graph of this bucket computes them, without a graph."""
     engine.clear_gradient()
-    filled = fill_bucket(batch, bucket, seed)
-    loss = engine._loss_sum(filled.packed(bucket.longest), filled.seed)
+    loss = engine._loss_sum(fill_bucket(batch, bucket).packed(bucket.longest), seed)
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in engine.parameters()]
 
@@ -72,7 +71,7 @@ def test_a_batch_that_fills_its_bucket_to_the_last_token_needs_no_dummy(tmp_path
     engine = engine_for(tmp_path)
     batch = pack(rows(6))
     exact = Bucket(batch.num_tokens, batch.num_targets + 3, len(batch.cu_seqlens) - 1, 512)
-    filled = fill_bucket(batch, exact, 0)
+    filled = fill_bucket(batch, exact)
     assert filled.cu_seqlens.tolist() == batch.cu_seqlens.tolist()
     assert filled.targets[-3:].tolist() == [IGNORE] * 3
     loss, got = in_bucket(engine, batch, exact)

@@ -17,6 +17,7 @@ from lorikit.train.optim import (
     epoch_order,
     is_out_of_memory,
     plan_steps,
+    prepare_step,
     take_step,
 )
 from tiny_engine import TinyEngine, tiny_rows
@@ -28,7 +29,8 @@ def config(**settings):
 
 def gradient_of(engine, rows, max_tokens=10_000, seed=7):
     """The result and the gradient of the mean."""
-    result = compute_gradient(engine, rows, Budget(max_tokens, print), dropout_seed=seed)
+    budget = Budget(max_tokens, print)
+    result = compute_gradient(engine, prepare_step(engine, rows, budget), budget, dropout_seed=seed)
     return result, [parameter.grad / result.num_targets for parameter in engine.parameters()]
 
 
@@ -180,7 +182,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again_in_halves_with_the_same_gr
     rows = tiny_rows(12, longest=10)
     budget = Budget(256, said.append)
     engine = trained_a_little(SmallMemory(30, dropout=0.0))
-    result = compute_gradient(engine, rows, budget, dropout_seed=1)
+    result = compute_gradient(engine, prepare_step(engine, rows, budget), budget, dropout_seed=1)
     _, wanted = gradient_of(trained_a_little(TinyEngine(dropout=0.0)), rows)
     assert budget.max_tokens < result.num_tokens
     assert said and all("out of memory" in line and str(budget.max_tokens) in said[-1] for line in said)
@@ -195,7 +197,7 @@ def test_a_row_that_does_not_fit_alone_is_named():
     with pytest.raises(
         OutOfMemoryError, match=rf"tiny.json:\d+: one row of {len(longest.input_ids)} tokens.*max_length"
     ):
-        compute_gradient(engine, rows, Budget(256, print), dropout_seed=1)
+        take_step(engine, make_optimizer(engine, config()), rows, Budget(256, print), dropout_seed=1, learning_rate=0.1)
 
 
 def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory():

@@ -65,6 +65,9 @@ class TinyEngine:
     def best_tokens(self):
         return 256
 
+    def prepare(self, batch):
+        return lambda: self.add_gradient(batch)
+
     def flat(self):
         return None
 

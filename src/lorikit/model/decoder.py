@@ -8,8 +8,9 @@ a step.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lorikit.model.decoder_adapter import Adapter
 from lorikit.model.decoder_batch import Packed, cut_to_labels
 from lorikit.model.decoder_config import DecoderShape, inverse_frequencies
 from lorikit.model.decoder_generate import stream_tokens
-from lorikit.model.decoder_graph import StepGraphs
+from lorikit.model.decoder_graph import Bucket, Inputs, StepGraphs, bucket_of, fill_bucket
 from lorikit.model.decoder_layer import Layer, Step, run_layer
 from lorikit.model.decoder_memory import Keep, choose
 from lorikit.model.decoder_offload import HostCopies
@@ -75,18 +76,19 @@ class DecoderEngine:
         if self.adapter is not None:
             self.adapter.clear_gradient()
 
-    def add_gradient(self, batch: Batch) -> Tensor:
-        """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`.
+    def prepare(self, batch: Batch) -> Callable[[], Tensor]:
+        """What `add_gradient` does on the host is done now, the rest when the result is called.
 
-        On a GPU as a replayed CUDA graph, where a batch is small enough for the starts of its kernels to matter.
+        On a GPU that is to replay a CUDA graph, where a batch is small enough for the starts of its kernels to matter.
         """
-        if self._is_graphed(batch):
-            if self._graphs is None:
-                self._graphs = StepGraphs(self.parameters(), self.device)
-            return self._graphs.add_gradient(self._loss_sum, batch, self._draw_seed())
-        loss = self.loss_sum(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        if not self._is_graphed(batch):
+            return partial(self._eager_gradient, batch)
+        bucket = bucket_of(batch)
+        return partial(self._graphed_gradient, bucket, fill_bucket(batch, bucket))
+
+    def add_gradient(self, batch: Batch) -> Tensor:
+        """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
+        return self.prepare(batch)()
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
@@ -185,6 +187,16 @@ class DecoderEngine:
         for layer in self.layers:
             x = run_layer(x, layer, step)
         return x
+
+    def _eager_gradient(self, batch: Batch) -> Tensor:
+        loss = self.loss_sum(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _graphed_gradient(self, bucket: Bucket, filled: Inputs) -> Tensor:
+        if self._graphs is None:
+            self._graphs = StepGraphs(self.parameters(), self.device)
+        return self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
 
     def _is_graphed(self, batch: Batch) -> bool:
         small = self._takes_graphs and batch.num_targets > 0 and batch.num_tokens <= GRAPH_TOKENS

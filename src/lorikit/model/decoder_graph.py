@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from lorikit.data.values import IGNORE, Batch
 from lorikit.model.decoder_batch import Packed
 from lorikit.model.decoder_layer import Rows
+from lorikit.model.kernels.launch import compiling_ahead
 from lorikit.model.packed_attention import Sequences
 
 _TOKENS = 128  # tokens are rounded up to this; products of such sizes are the fast ones on tensor cores
@@ -67,25 +68,27 @@ class Inputs:
     def packed(self, longest: int) -> Packed:
         """The same as the layers take it: every token asks a query in the last layer too."""
         sequences = Sequences(self.cu_seqlens, self.cu_seqlens, longest, longest)
-        every = torch.arange(len(self.input_ids), device=self.input_ids.device)
-        last = Rows(every, self.outputs, self.outputs)
+        last = Rows(None, self.outputs, self.outputs)
         return Packed(self.input_ids, self.position_ids, sequences, sequences, last, self.targets)
 
 
-def fill_bucket(batch: Batch, bucket: Bucket, seed: int) -> Inputs:
-    """The batch in its bucket, on the CPU."""
+def fill_bucket(batch: Batch, bucket: Bucket) -> Inputs:
+    """The batch in its bucket, on the CPU, where there is a GPU in pinned memory."""
     extra = bucket.tokens - batch.num_tokens
     labelled = (batch.targets != IGNORE).nonzero()[:, 0]
     missing = bucket.labels - len(labelled)
     ends = bucket.sequences + 1 - len(batch.cu_seqlens)
-    return Inputs(
+    filled = Inputs(
         input_ids=pad(batch.input_ids, (0, extra)),
         position_ids=torch.cat([batch.position_ids, torch.arange(extra)]),
         cu_seqlens=pad(batch.cu_seqlens, (0, ends), value=bucket.tokens),
         outputs=pad(labelled, (0, missing), value=bucket.tokens - 1),
         targets=pad(batch.targets[labelled], (0, missing), value=IGNORE),
-        seed=torch.tensor(seed, dtype=torch.int64),
+        seed=torch.zeros((), dtype=torch.int64),
     )
+    if not torch.cuda.is_available():
+        return filled
+    return Inputs(**{field.name: getattr(filled, field.name).pin_memory() for field in fields(Inputs)})
 
 
 class StepGraphs:
@@ -106,13 +109,11 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def add_gradient(self, compute: Compute, batch: Batch, seed: int) -> Tensor:
-        """() float32: the loss sum of the batch, its gradient added to the parameters' `.grad`.
+    def add_gradient(self, compute: Compute, bucket: Bucket, filled: Inputs, seed: int) -> Tensor:
+        """() float32: the loss sum of a batch in its bucket, its gradient added to the parameters' `.grad`.
 
         After torch.OutOfMemoryError in a capture all graphs are gone: what the caller does next needs their room.
         """
-        bucket = bucket_of(batch)
-        filled = fill_bucket(batch, bucket, seed)
         if bucket not in self._graphs:
             begun = time.perf_counter()
             try:
@@ -124,7 +125,8 @@ class StepGraphs:
             self.capture_seconds += time.perf_counter() - begun
         graph, inputs = self._graphs[bucket]
         for field in fields(Inputs):
-            getattr(inputs, field.name).copy_(getattr(filled, field.name).pin_memory(), non_blocking=True)
+            getattr(inputs, field.name).copy_(getattr(filled, field.name), non_blocking=True)
+        inputs.seed.fill_(seed)
         graph.replay()
         return self._loss.clone()
 
@@ -133,10 +135,9 @@ class StepGraphs:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             if not self._warm:  # kernels are compiled and libraries started outside of any graph
-                saved = torch._foreach_mul(self._grads(), 1.0)
-                self._once(compute, inputs, bucket)
-                torch._foreach_copy_(self._grads(), saved)
-                del saved
+                with compiling_ahead():
+                    torch.autograd.grad(compute(inputs.packed(bucket.longest), inputs.seed), self._parameters)
+                torch.autograd.grad(compute(inputs.packed(bucket.longest), inputs.seed), self._parameters)
                 self._warm = True
                 torch.cuda.synchronize(self._device)
                 torch.cuda.empty_cache()  # the graphs have a pool of their own: without this the memory is taken twice

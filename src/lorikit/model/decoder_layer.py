@@ -54,9 +54,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows that the last layer needs: `queries` (S,) of its T, `labelled` (L,) of these S (None: all)."""
+    """Rows that the last layer needs: `queries` (S,) of its T (None: all), `labelled` (L,) of these S (None: all)."""
 
-    queries: Tensor
+    queries: Tensor | None
     labelled: Tensor | None
     outputs: Tensor
     """(L,) of the T: queries[labelled]."""
@@ -171,7 +171,7 @@ def _project(h: Tensor, layer: Layer, step: Step, z: dict[str, Tensor | None]) -
     """h (T, D) -> q (S, H, E), k and v (T, K, E), as views of one product where S is T."""
     w, loras, shape, rows = layer.weights, layer.loras, layer.shape, step.rows(layer)
     width = shape.q_width
-    if rows is None:
+    if rows is None or rows.queries is None:
         qkv, z["qkv"] = _product(h, w.qkv, w.qkv_bias, loras.qkv, step)
         q, kv = qkv[:, :width], qkv[:, width:]
     else:
@@ -185,7 +185,7 @@ def _project(h: Tensor, layer: Layer, step: Step, z: dict[str, Tensor | None]) -
 
 def _turn(how: Callable[..., None], q: Tensor, k: Tensor, step: Step, rows: Rows | None) -> None:
     """rope or its backward on q and k in place."""
-    if rows is None:
+    if rows is None or rows.queries is None:
         how(q, k, step.cos, step.sin, step.position_ids)
     else:
         how(q, q[:, :0], step.cos, step.sin, step.position_ids[rows.queries])
@@ -240,7 +240,7 @@ def _attention_backward(
     w, loras, eps, rows = layer.weights, layer.loras, layer.shape.eps, step.rows(layer)
     if rows is not None and rows.labelled is not None:
         # A bucket's spare rows name a label's own row again, with a gradient of zero: they are added, not copied.
-        grad_a = grad_a.new_zeros(len(rows.queries), grad_a.shape[1]).index_add_(0, rows.labelled, grad_a)
+        grad_a = grad_a.new_zeros(len(kept.q), grad_a.shape[1]).index_add_(0, rows.labelled, grad_a)
     grad_q, grad_k, grad_v = torch.autograd.grad(kept.attended, (kept.q, kept.k, kept.v), grad_a.view_as(kept.attended))
     grad_qkv = [grad_q.contiguous(), grad_k.contiguous(), grad_v]
     _turn(rope_backward, grad_qkv[0], grad_qkv[1], step, rows)
@@ -249,7 +249,7 @@ def _attention_backward(
         grad_qkv[1] = rmsnorm_backward(grad_qkv[1], kept.raw_k, w.k_norm, eps)
     flat = [t.flatten(1) for t in grad_qkv]
     h = kept.h if kept.h is not None else rmsnorm(x, w.norm, eps) if loras.qkv is not None else x
-    if rows is None:
+    if rows is None or rows.queries is None:
         return _product_backward(torch.cat(flat, 1), h, kept.z["qkv"], w.qkv, loras.qkv, step, needs_x=needs_h)
     width = layer.shape.q_width
     grad_h, more = _product_backward(

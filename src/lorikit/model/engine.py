@@ -6,7 +6,7 @@ outside `model/` uses only these names.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,6 +66,11 @@ class Engine(Protocol):
 
     def clear_gradient(self) -> None:
         """Begin an optimizer step: the parameters' `.grad` is None or zero."""
+        ...
+
+    def prepare(self, batch: Batch) -> Callable[[], Tensor]:
+        """What `add_gradient` does on the host is done now, while the device may be busy; calling the result does the
+        rest."""
         ...
 
     def add_gradient(self, batch: Batch) -> Tensor:

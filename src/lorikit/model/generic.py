@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,10 @@ class GenericEngine:
         """Begin an optimizer step: the parameters have no gradient."""
         for parameter in self.parameters():
             parameter.grad = None
+
+    def prepare(self, batch: Batch) -> Callable[[], Tensor]:
+        """Nothing is done ahead."""
+        return partial(self.add_gradient, batch)
 
     def add_gradient(self, batch: Batch) -> Tensor:
         """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""

@@ -138,6 +138,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """The rows of one step, and the forwards and backwards that they take within `max_tokens`, ready to be called."""
+
+    examples: Sequence[Example]
+    max_tokens: int
+    calls: Sequence[Callable[[], torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
 class Gradient:
     """What the forwards and backwards of one step computed; the gradient of this sum lies in the parameters' `.grad`."""
 
@@ -158,14 +167,39 @@ class Stepped:
     norm: float
 
 
-def compute_gradient(engine: Engine, examples: Sequence[Example], budget: Budget, *, dropout_seed: int) -> Gradient:
-    """Fill `.grad` of the adapter with the gradient of the loss summed over the labelled tokens of `examples`.
+class InFlight:
+    """A step that was started; a GPU may still be at it, or at an earlier one."""
+
+    def __init__(self, gradient: Gradient, norm: torch.Tensor) -> None:
+        self._gradient = gradient
+        both = torch.stack([gradient.loss_sum, norm.to(gradient.loss_sum.device)])
+        self._both = both.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if both.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(both.device))
+
+    def result(self) -> Stepped:
+        """Wait for it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss_sum, norm = self._both.tolist()
+        return Stepped(loss_sum, self._gradient.num_targets, self._gradient.num_tokens, norm)
+
+
+def prepare_step(engine: Engine, examples: Sequence[Example], budget: Budget) -> Prepared:
+    """What a step needs of the host, which can be done while the device computes the one before."""
+    shares = split_step(examples, budget.max_tokens)
+    return Prepared(examples, budget.max_tokens, [engine.prepare(pack(share)) for share in shares])
+
+
+def compute_gradient(engine: Engine, step: Prepared, budget: Budget, *, dropout_seed: int) -> Gradient:
+    """Fill `.grad` of the adapter with the gradient of the loss summed over the labelled tokens of a step.
 
     Dropout is seeded here instead of carried on as a stream: a step then depends on its number alone, whatever was
     evaluated, generated or resumed before it, and no random state has to be saved. The sum is differentiated and the
     gradient divided, not the other way round, which also keeps float16 bases away from underflow.
     """
-    num_targets = sum(label != IGNORE for example in examples for label in example.labels[1:])
+    num_targets = sum(label != IGNORE for example in step.examples for label in example.labels[1:])
     assert num_targets > 0, "a row without labels reached training"
     losses: list[torch.Tensor] = []
 
@@ -175,10 +209,20 @@ def compute_gradient(engine: Engine, examples: Sequence[Example], budget: Budget
         torch.manual_seed(dropout_seed)
 
     def forward(share: list[Example]) -> None:
-        losses.append(engine.add_gradient(pack(share)))
+        as_prepared = budget.max_tokens == step.max_tokens  # not after memory ran out
+        call = step.calls[len(losses)] if as_prepared else engine.prepare(pack(share))
+        losses.append(call())
 
-    budget.run(examples, begin, forward)
-    return Gradient(torch.stack(losses).sum(), num_targets, sum(len(example.input_ids) for example in examples))
+    budget.run(step.examples, begin, forward)
+    return Gradient(torch.stack(losses).sum(), num_targets, sum(len(example.input_ids) for example in step.examples))
+
+
+def begin_step(
+    engine: Engine, optimizer: AdamW, step: Prepared, budget: Budget, *, dropout_seed: int, learning_rate: float
+) -> InFlight:
+    """Start one optimizer step; with `optimizer.runs_behind()` the host does not wait for the device."""
+    gradient = compute_gradient(engine, step, budget, dropout_seed=dropout_seed)
+    return InFlight(gradient, optimizer.step(learning_rate, gradient.num_targets))
 
 
 def take_step(
@@ -190,8 +234,6 @@ def take_step(
     dropout_seed: int,
     learning_rate: float,
 ) -> Stepped:
-    """One optimizer step on `examples`. The host waits for the device once, at the end."""
-    gradient = compute_gradient(engine, examples, budget, dropout_seed=dropout_seed)
-    norm = optimizer.step(learning_rate, gradient.num_targets)
-    loss_sum, norm_value = torch.stack([gradient.loss_sum, norm.to(gradient.loss_sum.device)]).tolist()
-    return Stepped(loss_sum, gradient.num_targets, gradient.num_tokens, norm_value)
+    """One optimizer step on `examples`, from beginning to end."""
+    step = prepare_step(engine, examples, budget)
+    return begin_step(engine, optimizer, step, budget, dropout_seed=dropout_seed, learning_rate=learning_rate).result()

@@ -25,7 +25,7 @@ from lorikit.train.card import model_card
 from lorikit.train.checkpoint import State
 from lorikit.train.evaluate import answers, held_out_loss
 from lorikit.train.metrics import MetricsFile, Record, numbers_of, open_trackers, peak_memory
-from lorikit.train.optim import Budget, derived_seed, is_out_of_memory, plan_steps, take_step
+from lorikit.train.optim import Budget, InFlight, begin_step, derived_seed, is_out_of_memory, plan_steps, prepare_step
 from lorikit.train.progress import Report
 from lorikit.train.run_folder import ADAPTER_FOLDER, write_config
 from lorikit.train.signals import Signals
@@ -66,6 +66,7 @@ class Training:
         self.optimizer = make_optimizer(engine, config.train)
         self.budget = Budget(config.train.max_tokens_per_forward or engine.best_tokens(), self.report.say)
         self.state = State()
+        self._ahead: InFlight | None = None
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, and make the folder a run with these settings.
@@ -124,17 +125,10 @@ class Training:
     def _step(self) -> None:
         begun = time.perf_counter()
         state, config = self.state, self.config.train
-        examples = [self.rows[row] for row in self.plan.rows(state.step)]
-        learning_rate = self.plan.learning_rate(state.step)
-        done = take_step(
-            self.engine,
-            self.optimizer,
-            examples,
-            self.budget,
-            dropout_seed=derived_seed(config.seed, "dropout", state.step),
-            learning_rate=learning_rate,
-        )
-        self._check_finite(done.loss_sum, done.norm, examples)
+        begun_step = self._ahead or self._begin(state.step)
+        self._ahead = self._begin(state.step + 1) if self._may_run_ahead(state.step + 1) else None
+        done = begun_step.result()
+        self._check_finite(done.loss_sum, done.norm)
         seconds = time.perf_counter() - begun
         self.state = replace(
             state,
@@ -152,7 +146,33 @@ class Training:
             self.state.step, self.plan.epoch(self.state.step), loss, speed, peak_memory(self.engine.device)
         )
         if self.state.step % config.logging_steps == 0 or self.state.step == self.plan.num_steps:
-            self._log(done.norm, learning_rate)
+            self._log(done.norm, self.plan.learning_rate(state.step))
+
+    def _begin(self, step: int) -> InFlight:
+        return begin_step(
+            self.engine,
+            self.optimizer,
+            prepare_step(self.engine, self._rows_of(step), self.budget),
+            self.budget,
+            dropout_seed=derived_seed(self.config.train.seed, "dropout", step),
+            learning_rate=self.plan.learning_rate(step),
+        )
+
+    def _rows_of(self, step: int) -> list[Example]:
+        return [self.rows[row] for row in self.plan.rows(step)]
+
+    def _may_run_ahead(self, step: int) -> bool:
+        """Whether step number `step` may begin before the one in hand is looked at, so that a GPU never waits for the host:
+        only when nothing reads the adapter between the two."""
+        due = self._evaluation_is_due(step) or self._checkpoint_is_due(step)
+        return self.optimizer.runs_behind() and step < self.plan.num_steps and not due and not self.signals.received
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.config.eval.eval_steps or self.plan.steps_per_epoch
+        return step % every == 0 or step == self.plan.num_steps
+
+    def _checkpoint_is_due(self, step: int) -> bool:
+        return step % self.config.train.save_steps == 0
 
     def _log(self, grad_norm: float, learning_rate: float) -> None:
         state = self.state
@@ -174,11 +194,13 @@ class Training:
 
     def _end_step(self) -> None:
         """Evaluation and checkpoint, if due. A signal before the end of the evaluation leaves it to the resumed run."""
-        step, config = self.state.step, self.config
-        every = config.eval.eval_steps or self.plan.steps_per_epoch
+        if self._ahead is not None:  # the adapter is past this step, which has nothing due
+            self.state = replace(self.state, settled=True)
+            return
+        step = self.state.step
         try:
             self.signals.check()
-            if step % every == 0 or step == self.plan.num_steps:
+            if self._evaluation_is_due(step):
                 self._evaluate()
             self.state = replace(self.state, settled=True)
             self.signals.check()
@@ -187,7 +209,7 @@ class Training:
             raise Interrupted(
                 f"{signal} after step {step}; saved {folder}: the same command goes on from there"
             ) from None
-        if step % config.train.save_steps == 0 or step == self.state.best_step or self._is_done():
+        if self._checkpoint_is_due(step) or step == self.state.best_step or self._is_done():
             self._save()
 
     def _evaluate(self) -> None:
@@ -259,10 +281,10 @@ class Training:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _check_finite(self, loss: float, norm: float, examples: Sequence[Example]) -> None:
+    def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        sources = [example.source for example in examples]
+        sources = [example.source for example in self._rows_of(self.state.step)]
         rows = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
         raise DivergedError(
             f"step {self.state.step + 1}: the loss is {loss}, the gradient norm {norm}; this step is not kept and "
