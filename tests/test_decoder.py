@@ -11,6 +11,7 @@ from lorikit.config import LoraSettings
 from lorikit.data.pack import pack
 from lorikit.data.values import IGNORE, Example
 from lorikit.model import decoder_loss
+from lorikit.model.decoder_batch import lay_out
 from lorikit.model.decoder_memory import Keep
 from lorikit.model.kernels.dropout import dropout_mask
 from lorikit.model.load import load_engine
@@ -161,6 +162,44 @@ def test_how_much_the_layers_keep_changes_no_gradient(family, targets, tmp_path)
     for level, got in grads.items():
         for name, want in grads[Keep.ALL].items():
             assert torch.equal(got[name], want) and want.abs().max() > 0, (level, name)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2 with windows above", "qwen3 with biases"])
+def test_tokens_that_all_rows_begin_with_are_computed_once_and_change_nothing(family, tmp_path):
+    base = save(tmp_path, family, num_hidden_layers=3)
+    engine = load_engine(settings(), base, new_adapter=LoraSettings(lora_dropout=0.0, target_modules="all-linear"))
+    randomize_b(engine)
+    system = [4, 9, 11, 5, 8, 6, 7]
+    examples = [
+        Example([*system, *e.input_ids], [IGNORE] * len(system) + e.labels, e.source) for e in rows(6, one_token=True)
+    ]
+    batch = pack(examples)
+    at = lay_out(batch)
+    labelled = [e for e in examples if any(label != IGNORE for label in e.labels[1:])]
+    assert at.prefix >= len(system)
+    assert len(at.tokens) <= sum(len(e.input_ids) for e in labelled) - (len(labelled) - 1) * at.prefix
+    peer, own = peer_of(base, engine)
+    want = peer_loss(peer, examples)
+    want.backward()
+    loss, got = gradients(engine, batch)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    for name, parameter in own.items():
+        assert (got[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() > 0, name
+    losses = engine.token_losses(batch)
+    assert losses.sum().item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_rows_with_too_little_in_common_or_with_labels_at_once_share_nothing():
+    alike = [
+        Example([1, *range(5, 60)], [IGNORE] * 30 + [9] * 26, "a"),
+        Example([1, *range(20, 70)], [IGNORE] * 9 + [9] * 42, "b"),
+    ]
+    assert lay_out(pack(alike)).prefix == 0
+    at_once = [Example([5, 6, 7, k], [5, 6, 7, k], "a") for k in range(10, 20)]
+    assert lay_out(pack(at_once)).prefix == 0
+    one = [Example([1, 2, 3, 4], [IGNORE, IGNORE, IGNORE, 4], "a")]
+    assert lay_out(pack(one)).prefix == 0
+    assert lay_out(pack(one * 5)).prefix == 2  # the third token predicts the label
 
 
 def test_gradient_checkpointing_keeps_the_inputs_of_layers_alone(tmp_path):

@@ -24,6 +24,7 @@ from lorikit.hub_clients import HubName, endpoint, unreachable
 _HUBS: tuple[HubName, ...] = ("huggingface", "modelscope")
 _CPU = "the CPU alone"
 _EXTRAS_OF_DEVELOPERS = ("test", "check")
+_ITSELF = "Lorikit is on the path but not installed, so its requirements are unknown: pip install ."
 _BIGGEST = (("70B", 70.6), ("32B", 32.8), ("14B", 14.8), ("8B", 8.03), ("3B", 3.2), ("1.5B", 1.54), ("0.5B", 0.49))
 
 
@@ -188,7 +189,7 @@ def _packages() -> tuple[dict[str, str], list[str], list[str]]:
     try:
         lines = importlib.metadata.requires("lorikit") or []
     except importlib.metadata.PackageNotFoundError:  # its source folder is on the path, nobody installed it
-        return {}, ["lorikit itself (pip install .)"], []
+        return {}, [_ITSELF], []
     for line in lines:
         need, extra = Requirement(line), re.search(r"extra == ['\"](\w+)", line)
         try:
@@ -254,7 +255,7 @@ def _lacks(machine: dict[str, Any]) -> Iterator[str]:
     """What is in the way, the most basic first, each in a sentence with its command."""
     torch, hubs = machine["torch"], machine["hubs"]
     for need in machine["unmet"]:
-        yield f"Lorikit needs {need}: pip install '{need}'"
+        yield _ITSELF if need == _ITSELF else f"Lorikit needs {need}: pip install '{need}'"
     if "error" in torch:
         yield f"torch {torch['error']}: pip install --force-reinstall torch"
     idle = next((gpu for gpu in machine["gpus"] if gpu["bf16"] is None), None)

@@ -14,6 +14,8 @@ from lorikit.data.pack import pack  # noqa: E402
 from lorikit.data.values import IGNORE, Example  # noqa: E402
 from lorikit.hub import Resolved  # noqa: E402
 from lorikit.model.decoder import DecoderEngine  # noqa: E402
+from lorikit.model.decoder_batch import lay_out  # noqa: E402
+from lorikit.model.decoder_graph import bucket_of, fill_bucket  # noqa: E402
 from lorikit.model.decoder_memory import Keep, passing_bytes  # noqa: E402
 from lorikit.model.engine import Sampling  # noqa: E402
 from lorikit.model.load import load_engine  # noqa: E402
@@ -61,12 +63,12 @@ def build(base, engine, dtype, dropout=0.0):
     return made
 
 
-def rows(seed, count=9):
+def rows(seed, count=9, prefix=()):
     rng = random.Random(seed)
     examples = []
     for k in range(count):
-        ids = [rng.randrange(3, 997) for _ in range(rng.choice([1, 2, 17, 64, 65, 130]))]
-        cut = len(ids) // 2
+        ids = [*prefix] + [rng.randrange(3, 997) for _ in range(rng.choice([1, 2, 17, 64, 65, 130]))]
+        cut = max(len(ids) // 2, len(prefix))
         examples.append(Example(ids, [IGNORE] * cut + ids[cut:], f"row:{k}"))
     return examples
 
@@ -86,9 +88,10 @@ def close(ours, exact, peer, tolerance):
         assert error <= allowed, f"{name}: {error} > {allowed}"
 
 
+@pytest.mark.parametrize("prefix", [0, 23])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_is_as_close_to_float32_as_transformers_and_peft_are(base, dtype):
-    batch = pack(rows(random.randrange(10**6)))
+def test_a_step_is_as_close_to_float32_as_transformers_and_peft_are(base, dtype, prefix):
+    batch = pack(rows(random.randrange(10**6), prefix=range(7, 7 + prefix)))
     exact_loss, exact = gradient(build(base, "generic", "float32"), batch)
     peer_loss, peer = gradient(build(base, "generic", dtype), batch)
     engine = build(base, "decoder", dtype)
@@ -104,15 +107,14 @@ def test_a_step_is_as_close_to_float32_as_transformers_and_peft_are(base, dtype)
 def test_a_replayed_graph_gives_what_its_kernels_give_one_by_one(base, dropout):
     engine = build(base, "decoder", "bfloat16", dropout)
     for seed in range(4):  # several buckets, each used again
-        batch = pack(rows(seed % 2, count=9 + 20 * (seed % 2)))
+        batch = pack(rows(seed % 2, count=9 + 20 * (seed % 2), prefix=range(9, 9 + 30 * (seed % 2))))
         torch.manual_seed(seed)
         loss, graphed = gradient(engine, batch)
         torch.manual_seed(seed)
         number = engine._draw_seed()
-        from lorikit.model.decoder_graph import bucket_of, fill_bucket
-
-        bucket = bucket_of(batch)
-        filled = fill_bucket(batch, bucket)
+        at = lay_out(batch)
+        bucket = bucket_of(at)
+        filled = fill_bucket(batch, at, bucket)
         moved = type(filled)(**{k: getattr(filled, k).cuda() for k in filled.__dataclass_fields__})
         engine.clear_gradient()
         eager = engine._loss_sum(moved.packed(bucket.longest), number)

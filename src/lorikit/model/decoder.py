@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorikit.data.values import Batch
 from lorikit.model import decoder_loss
 from lorikit.model.decoder_adapter import Adapter
-from lorikit.model.decoder_batch import Packed, cut_to_labels
+from lorikit.model.decoder_batch import Packed, cut_to_labels, lay_out
 from lorikit.model.decoder_config import DecoderShape, inverse_frequencies
 from lorikit.model.decoder_generate import stream_tokens
 from lorikit.model.decoder_graph import Bucket, Inputs, StepGraphs, bucket_of, fill_bucket
@@ -81,10 +81,11 @@ class DecoderEngine:
 
         On a GPU that is to replay a CUDA graph, where a batch is small enough for the starts of its kernels to matter.
         """
-        if not self._is_graphed(batch):
+        at = lay_out(batch) if self._takes_graphs and batch.num_tokens <= GRAPH_TOKENS else None
+        if at is None or self.levels(len(at.tokens))[0] == Keep.HOST:
             return partial(self._eager_gradient, batch)
-        bucket = bucket_of(batch)
-        return partial(self._graphed_gradient, bucket, fill_bucket(batch, bucket))
+        bucket = bucket_of(at)
+        return partial(self._graphed_gradient, bucket, fill_bucket(batch, at, bucket))
 
     def add_gradient(self, batch: Batch) -> Tensor:
         """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
@@ -197,10 +198,6 @@ class DecoderEngine:
         if self._graphs is None:
             self._graphs = StepGraphs(self.parameters(), self.device)
         return self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
-
-    def _is_graphed(self, batch: Batch) -> bool:
-        small = self._takes_graphs and batch.num_targets > 0 and batch.num_tokens <= GRAPH_TOKENS
-        return small and self.levels(batch.num_tokens)[0] > Keep.HOST
 
     def _draw_seed(self) -> int:
         """The number that this forward's dropout masks come from."""

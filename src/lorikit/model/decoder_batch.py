@@ -1,11 +1,15 @@
-"""Batch -> the tokens that a loss depends on, and which of them the last layer needs.
+"""Batch -> the tokens that a loss depends on, each computed once, and which of them the last layer needs.
 
 Attention is causal, so what follows the last label of a sequence has no influence on any loss, and sequences without a
-label have none at all. In the last layer only the tokens from the first label on ask a query, as the last tokens of their
-sequence, and only the labelled ones go on to the head.
+label have none at all. Tokens that all sequences begin with (a system prompt) have the same hidden states in each of them:
+they are computed once, in front, and every sequence attends to their keys and values as to its own. The sum over the
+sequences of what flows back to them is their gradient, so nothing changes but the order of sums; dropout drops the same
+elements of them for all sequences of the batch. In the last layer only the tokens from the first label on ask a query, as
+the last tokens of their sequence, and only the labelled ones go on to the head.
 
-    sequence   a b c d e f      targets    - - x - y -        (x, y: labels; -: none)
-    computed   a b c d e        queries    c d e              labelled   c e
+    sequences  a b c d e f   a b g h      targets  - - - x - -   - - - y      (x, y: labels; -: none)
+    computed   a b | c d | g h            queries of the last layer  d, h     labelled  d, h
+    keys       a b | a b c d | a b g h
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from torch import Tensor
 
 from lorikit.data.values import IGNORE, Batch
 from lorikit.model.decoder_layer import Rows
-from lorikit.model.packed_attention import Sequences
+from lorikit.model.packed_attention import Keys, Sequences
+
+_LEAST_SAVED = 1 / 32  # of the tokens; below that gathering the keys costs as much as it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,30 @@ class Packed:
     targets: Tensor
 
 
-def cut_to_labels(batch: Batch, device: torch.device) -> Packed | None:
-    """The batch on `device` without the tokens that no loss depends on; None when nothing is labelled."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything of a batch is, on the CPU, all int64. `prefix` tokens are shared, 0 for none.
+
+    tokens (T,) of the batch's, labelled (L,) of these T, targets (L,); N sequences, of which `firsts`, `ends` and `starts`
+    (N,) are the first label, the end after the last one and the start of what is not shared, all in T.
+    """
+
+    prefix: int
+    tokens: Tensor
+    labelled: Tensor
+    targets: Tensor
+    starts: Tensor
+    firsts: Tensor
+    ends: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) of the sequences, with the prefix."""
+        return self.ends - self.starts + self.prefix
+
+
+def lay_out(batch: Batch) -> Layout | None:
+    """Which tokens are computed, in which order; None when nothing is labelled."""
     labelled = (batch.targets != IGNORE).nonzero()[:, 0]  # (L,)
     if not len(labelled):
         return None
@@ -43,25 +71,87 @@ def cut_to_labels(batch: Batch, device: torch.device) -> Packed | None:
     starts = cu[used]
     firsts = labelled[torch.searchsorted(sequence, used)]
     ends = labelled[torch.searchsorted(sequence, used, right=True) - 1] + 1
-    tokens, cu_k = _ranges(starts, ends)  # (T,) of the batch's tokens
-    rows, cu_q = _ranges(cu_k[1:] - (ends - firsts), cu_k[1:])  # (S,) of these T
-    outputs = torch.searchsorted(tokens, labelled)
-    everything = len(rows) == len(outputs)
-    longest_q, longest_k = int((ends - firsts).max()), int((ends - starts).max())
+    prefix = _shared(batch.input_ids, starts, int((firsts - starts).min()))
+    if (len(used) - 1) * prefix < _LEAST_SAVED * int((ends - starts).sum()):
+        prefix = 0
+    own, cu_own = _ranges(starts + prefix, ends)
+    tokens = torch.cat([torch.arange(prefix) + starts[0], own])
+    begins = cu_own[:-1] + prefix
+    shift = begins - starts - prefix  # from the batch's numbers to those of the T tokens
+    return Layout(
+        prefix=prefix,
+        tokens=tokens,
+        labelled=labelled + shift[torch.searchsorted(used, sequence)],
+        targets=batch.targets[labelled],
+        starts=begins,
+        firsts=firsts + shift,
+        ends=cu_own[1:] + prefix,
+    )
+
+
+def cut_to_labels(batch: Batch, device: torch.device) -> Packed | None:
+    """The batch on `device` without what no loss depends on; None when nothing is labelled."""
+    at = lay_out(batch)
+    if at is None:
+        return None
+    rows, cu_last = _ranges(at.firsts, at.ends)  # (S,) of the T tokens
+    everything = len(rows) == len(at.labelled)
+    zero = at.starts.new_zeros(1)
+    cu_q = torch.cat([zero, zero + at.prefix, at.ends]) if at.prefix else torch.cat([zero, at.ends])
+    cu_rows = torch.cat([zero, at.lengths.cumsum(0)])  # of the sequences' keys
+    longest_q, longest_k = int((at.ends - at.firsts).max()), int(at.lengths.max())
+    keys = last_keys = None
+    if at.prefix:
+        index = key_index(at)
+        own, copies = keys_of_tokens(at)
+        last_keys = _keys_on(device, index, own, copies)
+        front = torch.arange(at.prefix)
+        keys = _keys_on(
+            device, torch.cat([front, index]), own + at.prefix, torch.cat([front[None], copies + at.prefix])
+        )
 
     def there(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
-    last = Rows(there(rows), None if everything else there(torch.searchsorted(rows, outputs)), there(outputs))
-    on_k, on_q = there(cu_k.to(torch.int32)), there(cu_q.to(torch.int32))
+    on_q, on_rows = there(cu_q.to(torch.int32)), there(cu_rows.to(torch.int32))
+    on_k = there(torch.cat([zero, cu_rows + at.prefix]).to(torch.int32)) if at.prefix else on_rows
+    last = Rows(there(rows), None if everything else there(torch.searchsorted(rows, at.labelled)), there(at.labelled))
     return Packed(
-        input_ids=there(batch.input_ids[tokens]),
-        position_ids=there(batch.position_ids[tokens]),
-        sequences=Sequences(on_k, on_k, longest_k, longest_k),
-        last_sequences=Sequences(on_q, on_k, longest_q, longest_k),
+        input_ids=there(batch.input_ids[at.tokens]),
+        position_ids=there(batch.position_ids[at.tokens]),
+        sequences=Sequences(on_q, on_k, max(int((at.ends - at.starts).max()), at.prefix), longest_k, keys),
+        last_sequences=Sequences(there(cu_last.to(torch.int32)), on_rows, longest_q, longest_k, last_keys),
         last=last,
-        targets=there(batch.targets[labelled]),
+        targets=there(at.targets),
     )
+
+
+def key_index(at: Layout) -> Tensor:
+    """(sum of lengths,) which of the T tokens each sequence attends to: the prefix, then its own."""
+    own, copies = keys_of_tokens(at)
+    index = torch.empty(int(at.lengths.sum()), dtype=torch.int64)
+    index[own] = torch.arange(at.prefix, len(at.tokens))
+    index[copies] = torch.arange(at.prefix)[None]
+    return index
+
+
+def keys_of_tokens(at: Layout) -> tuple[Tensor, Tensor]:
+    """Where tokens are in `key_index`: (T - prefix,) each own one, (N, prefix) the copies of the shared ones."""
+    begins = at.lengths.cumsum(0) - at.lengths
+    own, _ = _ranges(begins + at.prefix, begins + at.lengths)
+    return own, begins[:, None] + torch.arange(at.prefix)[None]
+
+
+def _keys_on(device: torch.device, index: Tensor, own: Tensor, copies: Tensor) -> Keys:
+    return Keys(*(t.to(device, non_blocking=True) for t in (index, own, copies)))
+
+
+def _shared(input_ids: Tensor, starts: Tensor, most: int) -> int:
+    """How many tokens, at most `most`, the sequences beginning at `starts` (N,) all begin with."""
+    if len(starts) < 2 or most < 1:
+        return 0
+    ids = input_ids[starts[:, None] + torch.arange(most)]  # (N, most)
+    return int((ids == ids[:1]).all(0).long().cumprod(0).sum())
 
 
 def _ranges(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:

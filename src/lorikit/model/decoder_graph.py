@@ -1,9 +1,10 @@
 """Training steps of the decoder as CUDA graphs: thousands of kernels started by one call.
 
 A graph has fixed shapes, so a batch is put into the next larger bucket: its tokens are followed by a dummy sequence
-without labels, its labels by rows that the loss leaves out, its sequences by empty ones. Sequences do not see each other
-and a dropout mask depends on a token's place in the batch alone, so a step's result does not depend on its bucket. Graphs
-share one memory pool: they run one after the other, and nothing but the loss and the gradients outlives a replay.
+without labels, to which no gradient flows, its labels by rows that the loss leaves out, its sequences by empty ones.
+Sequences do not see each other and a dropout mask depends on a token's place in the batch alone, so a step's result does not
+depend on its bucket. Graphs share one memory pool: they run one after the other, and nothing but the loss and the gradients
+outlives a replay.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lorikit.data.values import IGNORE, Batch
-from lorikit.model.decoder_batch import Packed
+from lorikit.model.decoder_batch import Layout, Packed, key_index, keys_of_tokens
 from lorikit.model.decoder_layer import Rows
 from lorikit.model.kernels.launch import compiling_ahead
-from lorikit.model.packed_attention import Sequences
+from lorikit.model.packed_attention import Keys, Sequences
 
-_TOKENS = 128  # tokens are rounded up to this; products of such sizes are the fast ones on tensor cores
+_TOKENS = 64  # tokens are rounded up to this; products of such sizes are the fast ones on tensor cores
 _SHARES = 4  # labels are rounded up to a quarter of the tokens; finer steps mean more graphs to capture
 _SEQUENCES = 16
 _LONGEST = 512  # the least that attention is started for: blocks beyond a sequence's end stop at once
@@ -34,61 +35,93 @@ Compute = Callable[[Packed, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """The sizes of a graph: tokens, labelled rows, sequences (the dummy among them), the longest sequence."""
+    """The sizes of a graph: tokens, labelled rows, sequences, the longest sequence, and the shared tokens, which stand in
+    front as a sequence of their own."""
 
     tokens: int
     labels: int
     sequences: int
     longest: int
+    prefix: int
 
 
-def bucket_of(batch: Batch) -> Bucket:
-    """The smallest bucket that holds the batch."""
-    longest = max(_LONGEST, 1 << (batch.max_seqlen - 1).bit_length())
-    tokens = _round_up(batch.num_tokens, _TOKENS)
+def bucket_of(at: Layout) -> Bucket:
+    """The smallest bucket that holds the batch and a dummy token at the end."""
+    num_tokens, count = len(at.tokens), len(at.starts)
+    tokens = _round_up(num_tokens + 1, _TOKENS)
+    sequences = _round_up(count + 2, _SEQUENCES)  # with the shared one and the dummy
+    dummy = tokens - num_tokens + (sequences - count) * at.prefix
+    longest = max(_LONGEST, int(at.lengths.max()), dummy)
     return Bucket(
         tokens=tokens,
-        labels=_round_up(batch.num_targets, tokens // _SHARES),
-        sequences=_round_up(len(batch.cu_seqlens), _SEQUENCES),  # one more than the batch's own: the dummy
-        longest=min(longest, max(tokens, _LONGEST)),
+        labels=_round_up(len(at.labelled), tokens // _SHARES),
+        sequences=sequences,
+        longest=1 << (longest - 1).bit_length(),
+        prefix=at.prefix,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a graph reads: input_ids and position_ids (T,), cu_seqlens (N+1,) int32, outputs and targets (L,), seed ()."""
+    """What a graph reads: input_ids and position_ids (T,), cu_q and cu_k (N+1,) int32, outputs and targets (L,), seed ();
+    and with P shared tokens the U = T + N P keys: index (U,), own (T - P,), copies (N, P), else empty."""
 
     input_ids: Tensor
     position_ids: Tensor
-    cu_seqlens: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
     outputs: Tensor
     targets: Tensor
+    index: Tensor
+    own: Tensor
+    copies: Tensor
     seed: Tensor
 
     def packed(self, longest: int) -> Packed:
         """The same as the layers take it: every token asks a query in the last layer too."""
-        sequences = Sequences(self.cu_seqlens, self.cu_seqlens, longest, longest)
+        keys = Keys(self.index, self.own, self.copies) if len(self.index) else None
+        sequences = Sequences(self.cu_q, self.cu_k, longest, longest, keys)
         last = Rows(None, self.outputs, self.outputs)
         return Packed(self.input_ids, self.position_ids, sequences, sequences, last, self.targets)
 
 
-def fill_bucket(batch: Batch, bucket: Bucket) -> Inputs:
+def fill_bucket(batch: Batch, at: Layout, bucket: Bucket) -> Inputs:
     """The batch in its bucket, on the CPU, where there is a GPU in pinned memory."""
-    extra = bucket.tokens - batch.num_tokens
-    labelled = (batch.targets != IGNORE).nonzero()[:, 0]
-    missing = bucket.labels - len(labelled)
-    ends = bucket.sequences + 1 - len(batch.cu_seqlens)
+    num_tokens, missing = len(at.tokens), bucket.labels - len(at.labelled)
+    extra = bucket.tokens - num_tokens
+    front = at.starts.new_full((2,) if at.prefix else (1,), at.prefix)
+    front[0] = 0
+    cu_q = torch.cat([front, at.ends])
+    index, own, copies = _keys(at, bucket) if at.prefix else [torch.zeros(0, dtype=torch.int64)] * 3
+    cu_k = torch.cat([front, at.prefix + at.lengths.cumsum(0)])
+    ends = bucket.sequences + 1 - len(cu_q)
     filled = Inputs(
-        input_ids=pad(batch.input_ids, (0, extra)),
-        position_ids=torch.cat([batch.position_ids, torch.arange(extra)]),
-        cu_seqlens=pad(batch.cu_seqlens, (0, ends), value=bucket.tokens),
-        outputs=pad(labelled, (0, missing), value=bucket.tokens - 1),
-        targets=pad(batch.targets[labelled], (0, missing), value=IGNORE),
+        input_ids=pad(batch.input_ids[at.tokens], (0, extra)),
+        position_ids=torch.cat([batch.position_ids[at.tokens], torch.arange(extra)]),
+        cu_q=pad(cu_q, (0, ends), value=bucket.tokens).to(torch.int32),
+        cu_k=pad(cu_k, (0, ends), value=len(index) or bucket.tokens).to(torch.int32),
+        outputs=pad(at.labelled, (0, missing), value=bucket.tokens - 1),
+        targets=pad(at.targets, (0, missing), value=IGNORE),
+        index=index,
+        own=own,
+        copies=copies,
         seed=torch.zeros((), dtype=torch.int64),
     )
     if not torch.cuda.is_available():
         return filled
     return Inputs(**{field.name: getattr(filled, field.name).pin_memory() for field in fields(Inputs)})
+
+
+def _keys(at: Layout, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
+    """index, own and copies. What fills the bucket are keys of the dummy sequence: no gradient ever flows to them."""
+    size = bucket.tokens + bucket.sequences * at.prefix
+    index = torch.cat([torch.arange(at.prefix), key_index(at)])
+    own, copies = (t + at.prefix for t in keys_of_tokens(at))
+    copies = torch.cat([torch.arange(at.prefix)[None], copies])
+    extra = torch.arange(len(at.tokens), bucket.tokens)
+    index = torch.cat([pad(index, (0, size - len(index) - len(extra)), value=bucket.tokens - 1), extra])
+    own = torch.cat([own, torch.arange(size - len(extra), size)])
+    return index, own, pad(copies, (0, 0, 0, bucket.sequences - len(copies)), value=size - 1)
 
 
 class StepGraphs:

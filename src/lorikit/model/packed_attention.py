@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "lorikit_packed"
@@ -58,23 +59,59 @@ def packed_attention(
 
 
 @dataclass(frozen=True, slots=True)
+class Keys:
+    """Which of the T packed tokens the keys and values are of, where sequences share their first P tokens.
+
+    index (U,); the T tokens among these U: own (T - P,) for those behind the shared ones, copies (M, P) for the shared, which
+    stand first among the T. All int64.
+    """
+
+    index: Tensor
+    own: Tensor
+    copies: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Sequences:
     """Where the sequences of packed queries and of packed keys begin and end: (N+1,) int32 each, and the longest.
 
-    The queries of a sequence are its last tokens; where `cu_q` is `cu_k` they are all of them.
+    The queries of a sequence are its last tokens; where `cu_q` is `cu_k` they are all of them. With `keys`, `cu_k` counts
+    through `keys.index`.
     """
 
     cu_q: Tensor
     cu_k: Tensor
     longest_q: int
     longest_k: int
+    keys: Keys | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None, window: int) -> Tensor:
     """q (S, H, D), k and v (T, Hkv, D) -> (S, H, D), each sequence causal for itself; a window of 0 is none."""
+    if sequences.keys is not None:
+        k, v = (_Gather.apply(t, sequences.keys) for t in (k, v))  # type: ignore[no-untyped-call]
     if is_varlen(q, q.shape[-1]):
         return _varlen(q, k, v, sequences, scale, (window - 1 if window else -1, 0))
     return _by_sequence(q, k, v, sequences, scale, window)
+
+
+class _Gather(torch.autograd.Function):
+    """t (T, heads, D) -> t[index] (U, heads, D); the gradients of copies are added in a fixed order, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, keys: Keys) -> Tensor:
+        """The rows of the index."""
+        ctx.keys = keys
+        return t.index_select(0, keys.index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Own rows as they are, shared ones as the sum of their copies."""
+        keys = ctx.keys
+        copies = grad.index_select(0, keys.copies.flatten()).view(*keys.copies.shape, *grad.shape[1:])
+        shared = copies.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
+        return torch.cat([shared, grad.index_select(0, keys.own)]), None
 
 
 def is_varlen(tensor: Tensor, head_dim: int) -> bool:
