@@ -43,7 +43,7 @@ def test_a_bucket_holds_its_batch_and_is_one_of_few(shared):
     layouts = [lay_out(pack(sharing(examples) if shared else examples)) for examples in several]
     buckets = [bucket_of(at) for at in layouts]
     for at, bucket in zip(layouts, buckets, strict=True):
-        assert at.prefix >= 6 if shared else at.prefix == 0
+        assert at.prefix >= 5 if shared else at.prefix == 0
         assert bucket.prefix == at.prefix
         assert len(at.tokens) < bucket.tokens <= len(at.tokens) + 64
         assert len(at.labelled) <= bucket.labels < len(at.labelled) + bucket.tokens // 4
