@@ -52,7 +52,11 @@ class Rates:
     attention_forward: float
     attention_backward: float
     launch: float
-    """Seconds that the host takes to start one operation; 0 inside a CUDA graph."""
+    """Seconds that the host takes to start one operation of the decoder; 0 inside a CUDA graph."""
+    module: float
+    """The same for an operation in the forward of transformers' and peft's modules."""
+    node: float
+    """The same for one that autograd starts by itself."""
     least: float
     """Seconds of the shortest kernel."""
     source: str
@@ -73,7 +77,9 @@ def _gpu(
         bandwidth=tb_per_second * 1e12 * _BANDWIDTH,
         attention_forward=tflops * 1e12 * _MATMUL * _FORWARD,
         attention_backward=tflops * 1e12 * _MATMUL * _BACKWARD,
-        launch=22e-6,
+        launch=22e-6,  # an H100's host; so are the next two, from the generic engine's 285 and 591 ms a step there
+        module=70e-6,
+        node=10e-6,
         least=2.5e-6,
         source="measured" if measured else f"computed: {_MATMUL:.0%} and {_BANDWIDTH:.0%} of its data sheet",
     )
@@ -118,7 +124,7 @@ def measure_cpu(element_size: int, seconds: float = 0.5) -> Rates:
     with torch.no_grad():
         products = rate(lambda: a @ b.t()) * 2 * 256 * 576 * 1536
         moved = rate(lambda: big.mul_(1.0)) * 8 * big.numel()
-    return Rates("this CPU", 0, products, products, moved, products / 2, products / 2, 0.0, 4e-6, "measured just now")
+    return Rates("this CPU", 0, products, products, moved, products / 2, products / 2, 0, 0, 0, 4e-6, "measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +206,10 @@ class Ledger:
     total: int = 0
     peak: int = 0
     operations: int = 0
+    host: float = 0.0
+    """Seconds to start them all."""
+    slow: bool | None = None
+    """Who starts them: None the decoder, True modules of transformers, False autograd."""
     flops: float = 0.0
     seconds: float = 0.0
 
@@ -247,14 +257,16 @@ class Ledger:
         """Operations of so many FLOPs at `rate`, reading and writing `moved` bytes."""
         self.operations += operations
         self.flops += flops
-        if self.rates:
-            self.seconds += max(flops / rate, moved / self.rates.bandwidth, operations * self.rates.least)
+        if rates := self.rates:
+            start = rates.launch if self.slow is None else rates.module if self.slow else rates.node
+            self.host += operations * start
+            self.seconds += max(flops / rate, moved / rates.bandwidth, operations * rates.least)
 
 
 def step_seconds(ledger: Ledger, *, graph: bool) -> float:
     """How long the forward and backward in this ledger take; the starts of operations cost nothing in a graph."""
     assert ledger.rates is not None
-    return max(ledger.seconds, 0.0 if graph else ledger.operations * ledger.rates.launch)
+    return max(ledger.seconds, 0.0 if graph else ledger.host)
 
 
 def renamed(rates: Rates, name: str, memory: int) -> Rates:
