@@ -109,7 +109,9 @@ def _load_generic(
 def enable_checkpoints(model: PreTrainedModel) -> None:
     """Have a model of transformers keep only the inputs of its layers for the backward."""
     # Without reentrant checkpoints the inputs need no gradient, with the code of older models they do.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its name since 5.20
+    enable = getattr(
+        model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+    )  # its name since 5.20
     enable({"use_reentrant": False})
     model.enable_input_require_grads()
 

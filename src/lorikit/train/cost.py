@@ -40,6 +40,10 @@ PARTS: dict[str, str] = {
 _MATMUL, _BANDWIDTH, _FORWARD, _BACKWARD = 0.73, 0.78, 0.41, 0.30
 
 
+class Uncounted(Exception):
+    """The model does something that needs values, such as choosing experts, and cannot run without them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """How fast a machine is. FLOP/s, bytes/s and seconds; `memory` in bytes; `source` says what the figures are from."""
@@ -78,7 +82,7 @@ def _gpu(
         attention_forward=tflops * 1e12 * _MATMUL * _FORWARD,
         attention_backward=tflops * 1e12 * _MATMUL * _BACKWARD,
         launch=22e-6,  # an H100's host; so are the next two, from the generic engine's 285 and 591 ms a step there
-        module=70e-6,
+        module=74e-6,
         node=10e-6,
         least=2.5e-6,
         source="measured" if measured else f"computed: {_MATMUL:.0%} and {_BANDWIDTH:.0%} of its data sheet",
@@ -124,18 +128,20 @@ def measure_cpu(element_size: int, seconds: float = 0.5) -> Rates:
     with torch.no_grad():
         products = rate(lambda: a @ b.t()) * 2 * 256 * 576 * 1536
         moved = rate(lambda: big.mul_(1.0)) * 8 * big.numel()
-    return Rates("this CPU", 0, products, products, moved, products / 2, products / 2, 0, 0, 0, 4e-6, "measured")
+    return Rates("this CPU", 0, products, products, moved, products / 2, products / 2, 0, 0, 0, 4e-6, "measured now on small products")
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """How linear weights are stored: bytes a weight, bytes a row beside them, and bytes a weight of the copy in the
-    compute type that one product makes (0: it reads the stored ones). float8 is Stored(1, 4), NF4 about Stored(0.52, 0, 2).
+    compute type that one product makes (0: it reads the stored ones). NF4 is about Stored(0.52, 0, 2), float8 Stored(1, 4, 1).
     """
 
     per_weight: float
     per_row: float = 0.0
     copied: float = 0.0
+    faster: float = 1.0
+    """How many times the products' rate in the compute type."""
 
     def size(self, rows: int, columns: int) -> int:
         """Bytes of a matrix."""
@@ -163,24 +169,39 @@ class Forward:
         return sum(self.query_lengths)
 
 
-def forward_of(examples: Sequence[Example]) -> Forward:
-    """The sizes of these rows in one forward, whole."""
-    lengths = tuple(len(example.input_ids) for example in examples)
-    return Forward(lengths, lengths, sum(len(_targets(example)) for example in examples))
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Sizes of one Example: its tokens, where its first target stands and where its last one ends, how many there are."""
+
+    tokens: int
+    first: int
+    end: int
+    labels: int
 
 
-def cut_forward_of(examples: Sequence[Example]) -> Forward:
+def row_of(example: Example) -> Row:
+    """The sizes of an example; `end` is 0 when nothing in it is labelled."""
+    labels = example.labels[1:]
+    count = len(labels) - labels.count(IGNORE)
+    if not count:
+        return Row(len(example.input_ids), 0, 0, 0)
+    first = next(place for place, label in enumerate(labels) if label != IGNORE)
+    last = next(place for place in range(len(labels) - 1, -1, -1) if labels[place] != IGNORE)
+    return Row(len(example.input_ids), first, last + 1, count)
+
+
+def forward_of(rows: Sequence[Row]) -> Forward:
+    """These rows in one forward, whole."""
+    lengths = tuple(row.tokens for row in rows)
+    return Forward(lengths, lengths, sum(row.labels for row in rows))
+
+
+def cut_forward_of(rows: Sequence[Row]) -> Forward:
     """The same without what no loss depends on, as decoder_batch.cut_to_labels cuts it."""
-    places = [targets for example in examples if (targets := _targets(example))]
+    used = [row for row in rows if row.labels]
     return Forward(
-        tuple(targets[-1] + 1 for targets in places),
-        tuple(targets[-1] + 1 - targets[0] for targets in places),
-        sum(map(len, places)),
+        tuple(row.end for row in used), tuple(row.end - row.first for row in used), sum(row.labels for row in used)
     )
-
-
-def _targets(example: Example) -> list[int]:
-    return [place for place, label in enumerate(example.labels[1:]) if label != IGNORE]
 
 
 def attended_pairs(forward: Forward, window: int, *, last: bool, tile: int) -> int:
@@ -243,11 +264,12 @@ class Ledger:
         for part, size in taken:
             self.free(part, size)
 
-    def product(self, rows: int, inputs: int, outputs: int, element_size: int, weight_bytes: int | None = None) -> None:
-        """A product of (rows, inputs) with a matrix (outputs, inputs)."""
-        weight = inputs * outputs * element_size if weight_bytes is None else weight_bytes
-        rate = self.rates.product(element_size) if self.rates else 0.0
-        self.compute(2.0 * rows * inputs * outputs, rows * (inputs + outputs) * element_size + weight, rate)
+    def product(self, rows: int, inputs: int, outputs: int, element_size: int, stored: Stored | None = None) -> None:
+        """A product of (rows, inputs) with a matrix (outputs, inputs), stored in the element type or as `stored` says."""
+        stored = stored or Stored(element_size)
+        rate = self.rates.product(element_size) * stored.faster if self.rates else 0.0
+        moved = rows * (inputs + outputs) * element_size + stored.size(outputs, inputs)
+        self.compute(2.0 * rows * inputs * outputs, moved, rate)
 
     def move(self, size: float, operations: int = 1) -> None:
         """An operation bound by the `size` bytes that it reads and writes."""

@@ -18,7 +18,14 @@ from lorikit.model.decoder_config import LINEAR, DecoderShape
 from lorikit.train.cost import Forward, Keep, Ledger, Stored
 from lorikit.train.cost_ops import Ops
 
-_GROUPS = {"qkv": LINEAR[:3], "q": LINEAR[:1], "kv": LINEAR[1:3], "o": LINEAR[3:4], "gate_up": LINEAR[4:6], "down": LINEAR[6:]}
+_GROUPS = {
+    "qkv": LINEAR[:3],
+    "q": LINEAR[:1],
+    "kv": LINEAR[1:3],
+    "o": LINEAR[3:4],
+    "gate_up": LINEAR[4:6],
+    "down": LINEAR[6:],
+}
 _CHUNK_CPU, _CHUNK = 1 << 22, 1 << 27  # as decoder_loss.py cuts its logits
 
 New = Callable[..., None]
@@ -79,12 +86,13 @@ def static_bytes(cost: DecoderCost) -> dict[str, int]:
     }
 
 
-def training(cost: DecoderCost, forward: Forward, ledger: Ledger) -> None:
-    """One forward, its loss and its backward, written to the ledger, which is left as it was."""
+def training(cost: DecoderCost, forward: Forward, ledger: Ledger) -> list[int]:
+    """One forward, its loss and its backward, written to the ledger, which is left as it was. Returns the bytes that each
+    layer keeps, its input among them."""
     replay = _Replay(cost, forward, ledger, training=True)
     with ledger.local() as new:
         replay.inputs(new)
-        replay.run()
+        return replay.run()
 
 
 def evaluation(cost: DecoderCost, forward: Forward, ledger: Ledger) -> None:
@@ -120,8 +128,8 @@ class _Replay:
         rows = self.sizes.labels if layer == self.shape.layers else self.sizes.tokens
         return rows * self.shape.hidden * self.cost.element
 
-    def run(self) -> None:
-        """Up through the layers, the loss, and down again."""
+    def run(self) -> list[int]:
+        """Up through the layers, the loss, and down again; the bytes that each layer kept."""
         ledger, cost, layers = self.ledger, self.cost, self.shape.layers
         kept: list[list[int]] = [[] for _ in range(layers)]
 
@@ -143,6 +151,7 @@ class _Replay:
                 ledger.take("working", self.width(layer + 1))
             if not level:
                 ledger.free("working", self.width(layer))
+        by_layer = [sum(sizes) + self.width(n) * (n >= cost.first) for n, sizes in enumerate(kept)]
         self._loss()
         gradients = 0
         for layer in reversed(range(cost.first, layers)):
@@ -161,6 +170,7 @@ class _Replay:
             ledger.move(3 * gradients, 4)
             ledger.free("gradient", gradients)
         ledger.free("working", self.width(cost.first))
+        return by_layer
 
     def forward(self, layer: int, local: New, keep: New, keep_gate_up: New | None = None) -> None:
         """`_forward`: `local` holds what its variables do, `keep` what it leaves to the backward."""

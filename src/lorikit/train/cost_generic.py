@@ -23,7 +23,7 @@ from lorikit.config import LoraSettings, ModelConfig
 from lorikit.errors import LorikitError, ModelError
 from lorikit.model import lora
 from lorikit.model.load import enable_checkpoints
-from lorikit.train.cost import Forward, Ledger, attended_pairs
+from lorikit.train.cost import Forward, Ledger, Stored, Uncounted, attended_pairs
 from lorikit.train.live import LiveBytes
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 NAME = "lorikit_counted"
 _BLOCK = 128
-
-
-class Uncounted(Exception):  # noqa: N818  a finding, not a fault
-    """The model does something that needs values, such as choosing experts, and cannot run without them."""
 
 
 def build(
@@ -69,31 +65,37 @@ def build(
 def _adapted(model: PreTrainedModel, settings: LoraSettings) -> nn.Module:
     if settings.init_adapter is None:
         plain = settings.model_copy(update={"init_lora_weights": True})  # the others compute with values
-        return lora.add_adapter(model, plain, seed=0)
+        added: nn.Module = lora.add_adapter(model, plain, seed=0)
+        return added
     from peft import PeftConfig, get_peft_model
 
     lora.read_config(Path(settings.init_adapter))  # says in our words what is wrong with the folder
     config = PeftConfig.from_pretrained(settings.init_adapter)
     config.inference_mode = False
-    return get_peft_model(model, config)
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
 
 
-def static_bytes(model: PreTrainedModel, wrapped: nn.Module) -> dict[str, int]:
-    """Bytes of weights and adapter, which stay for the whole run; the gradient is made anew in each step."""
+def static_bytes(model: PreTrainedModel, wrapped: nn.Module, linear: Stored | None = None) -> dict[str, int]:
+    """Bytes of weights and adapter, which stay for the whole run; the gradient is made anew in each step. `linear`: how
+    the linear layers but the head are stored, if not in their own type."""
     trained = [p for p in wrapped.parameters() if p.requires_grad]
-    frozen = [p for p in wrapped.parameters() if not p.requires_grad] + list(model.buffers())
-    return {
-        "weights": sum(p.numel() * p.element_size() for p in frozen),
-        "adapter": sum(p.numel() for p in trained) * 12,  # float32 and two moments
-    }
+    frozen = [p for p in wrapped.parameters() if not p.requires_grad]
+    size = sum(p.numel() * p.element_size() for p in [*frozen, *model.buffers()])
+    if linear:
+        head = model.get_output_embeddings()
+        matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        size += sum(linear.size(*w.shape) - w.numel() * w.element_size() for w in matrices)
+        size += round(max((w.numel() for w in matrices), default=0) * linear.copied)
+    return {"weights": size, "adapter": sum(p.numel() for p in trained) * 12}  # float32 and two moments
 
 
 def run(
     model: PreTrainedModel, wrapped: nn.Module, forward: Forward, ledger: Ledger, *, training: bool, kernels: bool
-) -> None:
+) -> list[int]:
     """One forward and its loss, with its backward when `training`, written to the ledger, which is left as it was.
 
-    `kernels`: attention as on a GPU. Raises Uncounted.
+    `kernels`: attention as on a GPU. Returns the bytes that a layer keeps, for each layer the mean. Raises Uncounted.
     """
     register()
     model.set_attn_implementation(NAME)
@@ -125,6 +127,8 @@ def run(
         ledger.take(part, size)
     for part, size in parts.items():
         ledger.free(part, size)
+    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
+    return [activations // layers] * layers
 
 
 def _logits(model: Any, wrapped: Any, forward: Forward, ledger: Ledger, *, kernels: bool) -> Tensor:
@@ -173,7 +177,9 @@ def _counted_attention(
         return _Attention.apply(q, k, v, len(forward.lengths), *sizes)[None], None  # type: ignore[no-untyped-call]
     ends = [sum(forward.lengths[:n]) for n in range(len(forward.lengths) + 1)]
     parts = [
-        _Attention.apply(*(x[:, :, start:end] for x in (query, key, value)), 0, ledger, sizes[1] // len(forward.lengths))  # type: ignore[no-untyped-call]
+        _Attention.apply(
+            *(x[:, :, start:end] for x in (query, key, value)), 0, ledger, sizes[1] // len(forward.lengths)
+        )  # type: ignore[no-untyped-call]
         for start, end in pairwise(ends)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None

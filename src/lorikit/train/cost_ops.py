@@ -18,7 +18,9 @@ _SWIGLU, _SWIGLU_BACKWARD = {4: 4, 2: 8}, {4: 20, 2: 32}
 _MASK = 10  # bytes an element of x while a dropout mask is made
 _MASK_PASSES = 60  # bytes read and written for each element of it
 _PASSES = 3  # a reference reads and writes about so many times what a kernel does
-_ADAPTER_SHARE = 0.5  # of the bandwidth, which the kernels with small matrices reach (benchmarks/results/kernels_h100.json)
+_ADAPTER_SHARE = (
+    0.5  # of the bandwidth, which the kernels with small matrices reach (benchmarks/results/kernels_h100.json)
+)
 _BLOCK = 128  # tokens in a tile of FlashAttention
 
 
@@ -33,7 +35,7 @@ class Ops:
         """With a frozen weight, which is copied first where its type cannot be multiplied."""
         if stored.copied:
             self.ledger.move(inputs * outputs * (stored.per_weight + stored.copied))
-        self.ledger.product(rows, inputs, outputs, self.e)
+        self.ledger.product(rows, inputs, outputs, self.e, stored)
 
     def norm(self, rows: int, width: int, *, add: bool = False) -> None:
         """RMS norm, after a sum or not."""
@@ -91,7 +93,9 @@ class Ops:
         rows = forward.queries if last else forward.tokens
         rate = self.ledger.rates.attention_forward if self.ledger.rates else 0.0
         moved = 4 * rows * heads * head_dim * self.e
-        self.ledger.compute(4.0 * pairs * heads * head_dim, moved, rate, 1 if self.kernels else 4 * len(forward.lengths))
+        self.ledger.compute(
+            4.0 * pairs * heads * head_dim, moved, rate, 1 if self.kernels else 4 * len(forward.lengths)
+        )
 
     def attention_backward(self, forward: Forward, shape: DecoderShape, layer: int, *, last: bool, qkv: int) -> None:
         """FlashAttention sums the gradient of q in float32 and makes one of k and v for each query head; on a CPU each

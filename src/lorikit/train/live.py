@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 Seen = Callable[[Any, tuple[Any, ...], Any], None]
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside it every storage that an operation makes is counted until it is freed.
 
     `total` and `peak` in bytes, from 0 at the beginning; storages that were there before do not count. `seen` is called
@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, seen: Seen | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = self.peak = 0
         self._seen = seen
         self._known: dict[int, weakref.finalize[..., Any]] = {}

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lorikit.config import RunConfig
 from lorikit.data.account import DataReport
 from lorikit.data.audit import prepare
 from lorikit.data.encode import Encoder
-from lorikit.hub import resolve_data, resolve_model
+from lorikit.hub import Resolved, resolve_data, resolve_model
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
-from lorikit.train.metrics import check_trackers
+from lorikit.train.metrics import check_trackers, peak_memory
+from lorikit.train.plan import one_line
+from lorikit.train.plan_costs import choose_target, costs_of
+from lorikit.train.predict import predict
 from lorikit.train.progress import Report
-from lorikit.train.run_folder import ADAPTER_FOLDER, is_finished, open_run, write_data_report
+from lorikit.train.run_folder import (
+    ADAPTER_FOLDER,
+    is_finished,
+    measured,
+    open_run,
+    write_data_report,
+    write_environment,
+)
 from lorikit.train.signals import Signals
 from lorikit.train.training import Training
 
@@ -71,11 +82,38 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         write_data_report(run, prepared.report)
         for line in _summary(training, prepared.report):
             report.say(line)
+        predicted = _predict(training, base)
         signals.check()
 
-        # 6. The loop.
+        # 6. The loop, and what it took.
         training.run()
+        took = measured(run) | {"peak_memory_bytes": peak_memory(engine.device)}
+        write_environment(run, predicted=predicted, measured=took)
     return run
+
+
+def _predict(training: Training, base: Resolved) -> dict[str, Any] | None:
+    """Memory and time, said in a line and noted in environment.json, so that the run can be held to them."""
+    config = training.config
+    try:
+        target = choose_target(config.model, None, None, seconds=0.2)
+        predicted = predict(
+            config,
+            training.base_name,
+            costs_of(config, base, target),
+            target,
+            training.rows,
+            training.held_out,
+            max_tokens=training.budget.max_tokens,
+            loaded=True,
+        )
+    except Exception as error:  # a wrong prediction, or none, is no reason to stop a training
+        training.report.say(f"plan: memory and time could not be predicted ({type(error).__name__}: {error})")
+        return None
+    training.report.say(one_line(predicted))
+    values = predicted.to_dict()
+    write_environment(training.run_folder, predicted=values)
+    return values
 
 
 def _find_data(config: RunConfig, names: str | list[str], report: Report) -> list[Path]:
