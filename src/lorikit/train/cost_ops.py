@@ -16,7 +16,7 @@ from lorikit.train.cost import Forward, Ledger, Stored, attended_pairs
 _NORM, _NORM_BACKWARD = {4: 4, 2: 10}, {4: 16, 2: 20}
 _SWIGLU, _SWIGLU_BACKWARD = {4: 4, 2: 8}, {4: 20, 2: 32}
 _MASK = 10  # bytes an element of x while a dropout mask is made
-_MASK_PASSES = 60  # bytes read and written for each element of it
+_MASK_PASSES = 350  # time for each element of it, as bytes read and written
 _PASSES = 3  # a reference reads and writes about so many times what a kernel does
 _ADAPTER_SHARE = (
     0.5  # of the bandwidth, which the kernels with small matrices reach (benchmarks/results/kernels_h100.json)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 CONTEXT = GIB // 2
 """Bytes that a process on a GPU takes beside its tensors: the driver's context and the loaded kernels."""
 _STORED: Mapping[str, Stored] = {"fp8": Stored(1.0, 4.0, 1.0, 1.7), "nf4": Stored(0.52, 0.0, 2.0)}
+_HEAP = 1 << 28  # what a CPU's process holds more than its tensors, through transformers' many small ones
 _LIBRARIES = 1 << 26  # workspace of the library of products, on each stream
 
 
@@ -149,7 +150,7 @@ def _decoder(plan: decoder_load.Plan, config: RunConfig, target: Target) -> Cost
         linear=_stored(config, target),
     )
     graphs = config.model.cuda_graphs and on_gpu and element == 2 and shape.head_dim % 8 == 0
-    libraries = {"graphs": _LIBRARIES * (2 if graphs else 1)} if on_gpu else {}
+    libraries = {"libraries": _LIBRARIES * (2 if graphs else 1)} if on_gpu else {}
     by_target = {
         name: sum(rank * sum(shape.linear(name)) for layer in cost.modules if name in layer)
         for name in LINEAR
@@ -204,7 +205,7 @@ def _generic(config: RunConfig, base: Resolved, target: Target, choice: str) -> 
         by_target=by_target,
         num_tensors=sum(p.requires_grad for p in wrapped.parameters()),
         static=cost_generic.static_bytes(model, wrapped, None if plain else linear)
-        | ({"graphs": _LIBRARIES} if on_gpu else {}),
+        | {"libraries": _LIBRARIES if on_gpu else _HEAP},
         train=partial(cost_generic.run, model, wrapped, training=True, kernels=on_gpu),
         evaluate=partial(cost_generic.run, model, wrapped, training=False, kernels=on_gpu),
         sizes=forward_of,
