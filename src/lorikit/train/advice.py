@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorikit.config import RunConfig, setting_names
 from lorikit.data.values import Example
 from lorikit.train import predict
-from lorikit.train.cost import GIB, Forward, Row
+from lorikit.train.cost import GIB, Forward, Row, row_of
 from lorikit.train.plan_costs import Costs, Target, costs_of
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ def advice(
     target: Target,
     costs: Costs,
     predicted: predict.Prediction,
-    rows: Sequence[Row],
     train: Sequence[Example],
+    held_out: Sequence[Example],
 ) -> list[str]:
     """Sentences for the person who plans; none where nothing is known of the memory or nothing needs to change."""
     if predicted.fits is None or predicted.memory is None:
         return []
-    searched = _Search(config, base, target, rows, train)
+    searched = _Search(config, base, target, train, held_out)
     if predicted.fits:
         return list(searched.faster(predicted))
     return list(searched.smaller(costs, predicted))
@@ -41,9 +41,15 @@ class _Search:
     """Other settings of one run, tried one after the other."""
 
     def __init__(
-        self, config: RunConfig, base: Resolved, target: Target, rows: Sequence[Row], train: Sequence[Example]
+        self,
+        config: RunConfig,
+        base: Resolved,
+        target: Target,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
     ) -> None:
-        self.config, self.base, self.target, self.rows, self.train = config, base, target, rows, train
+        self.config, self.base, self.target, self.train, self.held_out = config, base, target, train, held_out
+        self.row = longest_row(train)
         assert target.memory is not None
         self.capacity = target.memory
 
@@ -52,7 +58,9 @@ class _Search:
         if not self.config.train.gradient_checkpointing:
             return
         config = changed(self.config, "train", gradient_checkpointing=False)
-        other = predict.predict(config, "", costs_of(config, self.base, self.target), self.target, self.train, [])
+        other = predict.predict(
+            config, "", costs_of(config, self.base, self.target), self.target, self.train, self.held_out
+        )
         if other.fits and other.memory:
             faster = (
                 f", {seconds(other.time.step)} a step instead of {seconds(predicted.time.step)}"
@@ -100,30 +108,29 @@ class _Search:
 
     def budget(self, costs: Costs, most: int) -> str | None:
         """The largest forward, by halving, that fits: as the setting with its figures."""
-        longest = max(row.tokens for row in self.rows)
         limit = most
         while True:
-            steps = predict.count_steps(self.config, costs, self.train, limit, self.target.kind)
-            needed = predict.memory_of(costs, self.target, steps.forwards, []).needed
+            steps = predict.count_steps(self.config, costs, self.train, limit)
+            evaluations = predict.evaluations_of(costs, self.held_out, limit)
+            needed = predict.memory_of(costs, self.target, steps.forwards, evaluations).needed
             if needed <= self.capacity:
                 return (
                     f"train.max_tokens_per_forward: {limit} needs {gib(needed)} "
                     f"({steps.forwards_mean:.1f} forwards a step)"
                 )
-            if limit <= longest:
+            if limit <= self.row.tokens:
                 return None
-            limit = max(longest, limit // 2)
+            limit = max(self.row.tokens, limit // 2)
 
     def alone(self, costs: Costs) -> int:
         """Bytes that the longest row needs in a forward of its own."""
-        row = max(self.rows, key=lambda row: row.tokens)
-        return predict.memory_of(costs, self.target, [costs.sizes([row])], []).needed
+        return predict.memory_of(costs, self.target, [costs.sizes([self.row])], []).needed
 
     def longest(self, costs: Costs) -> int | None:
         """The longest row that fits, in steps of 64 tokens, if it is labelled as the longest one is; None for none."""
         if costs.engine != "decoder":  # each try of the generic engine takes seconds
             return None
-        row = max(self.rows, key=lambda row: row.tokens)
+        row = self.row
         low, high = 0, -(-row.tokens // 64)
         while high - low > 1:
             middle = (low + high) // 2
@@ -135,6 +142,11 @@ class _Search:
             fits = predict.memory_of(costs, self.target, [shorter], []).needed <= self.capacity
             low, high = (middle, high) if fits else (low, middle)
         return low * 64 or None
+
+
+def longest_row(train: Sequence[Example]) -> Row:
+    """The sizes of the row with the most tokens."""
+    return row_of(max(train, key=lambda example: len(example.input_ids)))
 
 
 def changed(config: RunConfig, group: str, **values: Any) -> RunConfig:

@@ -16,15 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from typing import Literal
 
 from lorikit.data.values import IGNORE, Example
 
 GIB = 2**30
-Keep = Literal["all", "gate_up", "inputs"]
-"""What a layer leaves to its backward: all; all but the MLP's inner product, which is computed again; its input alone."""
-
-Part = Literal["weights", "adapter", "gradient", "activations", "working", "logits", "attention", "libraries"]
 PARTS: dict[str, str] = {
     "weights": "frozen weights",
     "adapter": "adapter, its copy in the compute type, gradient, AdamW's two moments",

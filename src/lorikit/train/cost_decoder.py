@@ -1,12 +1,12 @@
 """Memory and time of the decoder's forward and backward, replayed from its shape: decoder_layer.py with sizes for tensors.
 
-Kept by a layer, in elements of the base's type a token (D hidden, H E queries, K E keys, F ffn; in brackets what `gate_up`
-computes again; `inputs` keeps x alone):
+What a layer keeps is what its level in decoder_memory.py says, and R numbers a module and the log-sum-exp, H float32. Its
+backward holds, besides, in elements of the base's type a token (D hidden, F ffn, H E queries, K E keys):
 
-    x D    q, k, v  H E + 2 K E    a  H E    x2  D    [gate_up 2 F]    z  R a module    log-sum-exp  H float32
+    F + F + 2 F    m, its gradient, that of gate and up      3 D + H E    gradients of h2, x2, a; h2 itself
+    2 (H E + 2 K E)    gradients of q, k, v, and side by side      3 D    h, its gradient, that of x
 
-Its backward holds, besides, F + F + 2 F of the MLP, 3 D and H E, then the gradient of q, k, v twice and 3 D of the norm.
-What a CPU allocates more, in the torch references of the kernels, is in cost_ops.py.
+less of these what was kept. What a CPU allocates more, in the torch references of the kernels, is in cost_ops.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lorikit.model.decoder_config import LINEAR, DecoderShape
-from lorikit.train.cost import Forward, Keep, Ledger, Stored
+from lorikit.model.decoder_memory import Keep
+from lorikit.train.cost import Forward, Ledger, Stored
 from lorikit.train.cost_ops import Ops
 
 _GROUPS = {
@@ -103,7 +104,7 @@ def evaluation(cost: DecoderCost, forward: Forward, ledger: Ledger) -> None:
         for layer in range(cost.shape.layers):
             with ledger.local() as local:
                 local(replay.width(layer))
-                replay.forward(layer, local, local)
+                replay.forward(layer, local, local, Keep.INPUT)
         new(2 * replay.width(cost.shape.layers))
         replay.ops.norm(forward.labels, cost.shape.hidden)
         replay.logits(with_gradient=False)
@@ -143,22 +144,30 @@ class _Replay:
         ledger.take("working", self.width(0))
         for layer in range(layers):
             level = cost.keep[layer] if layer >= cost.first else None
+            part = "activations" if level and level > Keep.HOST else "working"
             ledger.free("working", self.width(layer))
-            ledger.take("activations" if level else "working", self.width(layer))
+            ledger.take(part, self.width(layer))
             with ledger.local() as local:
-                keep = keeper(layer) if level in ("all", "gate_up") else local
-                self.forward(layer, local, keep, keep if level == "all" else local)
+                keep = keeper(layer) if level and level >= Keep.PRODUCTS else local
+                self.forward(layer, local, keep, level or Keep.INPUT)
                 ledger.take("working", self.width(layer + 1))
-            if not level:
+            if part == "working":
                 ledger.free("working", self.width(layer))
-        by_layer = [sum(sizes) + self.width(n) * (n >= cost.first) for n, sizes in enumerate(kept)]
+                ledger.move(self.width(layer), 1)
+        by_layer = [
+            sum(sizes) + self.width(n) * (n >= cost.first and cost.keep[n] > Keep.HOST) for n, sizes in enumerate(kept)
+        ]
         self._loss()
         gradients = 0
         for layer in reversed(range(cost.first, layers)):
+            on_host = cost.keep[layer] == Keep.HOST
             with ledger.local() as local:
+                if on_host:  # it comes back, and the one below on its heels
+                    local(2 * self.width(layer))
                 self.backward(layer, local, kept[layer])
                 ledger.take("working", self.width(layer))
-            ledger.free("activations", self.width(layer))
+            if not on_host:
+                ledger.free("activations", self.width(layer))
             ledger.free("working", self.width(layer + 1))
             size = cost.parameters([layer]) * 4
             ledger.take("gradient", size)
@@ -172,12 +181,15 @@ class _Replay:
         ledger.free("working", self.width(cost.first))
         return by_layer
 
-    def forward(self, layer: int, local: New, keep: New, keep_gate_up: New | None = None) -> None:
-        """`_forward`: `local` holds what its variables do, `keep` what it leaves to the backward."""
+    def forward(self, layer: int, local: New, keep: New, level: Keep) -> None:
+        """`_forward`: `local` holds what its variables do, `keep` what it leaves to the backward at this level."""
         ops, shape, e = self.ops, self.shape, self.cost.element
         last = layer == shape.layers - 1
         rows = self.sizes.labels if last else self.sizes.tokens
         hidden, ffn, q_width = shape.hidden, shape.ffn, shape.q_width
+        most = keep if level >= Keep.ALL else local
+        ops.norm(self.sizes.tokens, hidden)
+        most(self.sizes.tokens * hidden * e)
         self._project(layer, keep)
         self._attend(layer, keep, last=last)
         if last:
@@ -186,11 +198,11 @@ class _Replay:
         self.product(rows, q_width, hidden, layer, "o", local, keep)
         keep(rows * hidden * e)
         ops.norm(rows, hidden, add=True)
-        local(rows * hidden * e)
-        self.product(rows, hidden, 2 * ffn, layer, "gate_up", keep_gate_up or keep, keep)
+        most(rows * hidden * e)
+        self.product(rows, hidden, 2 * ffn, layer, "gate_up", keep if level >= Keep.GATE_UP else local, keep)
+        ops.swiglu(rows, ffn)
+        most(rows * ffn * e)
         with self.ledger.local() as new:
-            ops.swiglu(rows, ffn)
-            new(rows * ffn * e)
             self.product(rows, ffn, hidden, layer, "down", new, keep)
         self.ledger.move(3 * rows * hidden * e)
 
@@ -206,16 +218,13 @@ class _Replay:
     def _project(self, layer: int, keep: New) -> None:
         shape, e, tokens, queries = self.shape, self.cost.element, self.sizes.tokens, self.sizes.queries
         hidden, q_width, kv_width = shape.hidden, shape.q_width, 2 * shape.kv_width
-        with self.ledger.local() as local:
-            self.ops.norm(tokens, hidden)
-            local(tokens * hidden * e)
-            if layer < shape.layers - 1:
-                queries = tokens
-                self.product(tokens, hidden, q_width + kv_width, layer, "qkv", keep, keep)
-            else:
-                self.ledger.spike("working", queries * (hidden + q_width) * e)
-                self.product(queries, hidden, q_width, layer, "q", keep, keep)
-                self.product(tokens, hidden, kv_width, layer, "kv", keep, keep)
+        if layer < shape.layers - 1:
+            queries = tokens
+            self.product(tokens, hidden, q_width + kv_width, layer, "qkv", keep, keep)
+        else:
+            self.ledger.spike("working", queries * (hidden + q_width) * e)
+            self.product(queries, hidden, q_width, layer, "q", keep, keep)
+            self.product(tokens, hidden, kv_width, layer, "kv", keep, keep)
         if shape.qk_norm:
             self.ops.norm(queries * shape.heads, shape.head_dim)
             self.ops.norm(tokens * shape.kv_heads, shape.head_dim)
@@ -228,8 +237,7 @@ class _Replay:
         queries = self.sizes.queries if last else self.sizes.tokens
         keep(queries * shape.q_width * e)
         keep(queries * shape.heads * 4)
-        if not self.cost.kernels:  # a tensor a sequence, their concatenation, and that with the heads side by side
-            keep(queries * shape.q_width * e)
+        if not self.cost.kernels:  # a tensor a sequence, and their concatenation
             keep(queries * shape.q_width * e)
         self.ops.attention(self.sizes, shape.heads, shape.head_dim, shape.windows[layer], last=last)
 
@@ -276,29 +284,30 @@ class _Replay:
         needs_qkv = needs_x or bool(cost.sizes(layer, "qkv"))
         needs_x2 = needs_qkv or bool(cost.sizes(layer, "o"))
         needs_gate_up = needs_x2 or bool(cost.sizes(layer, "gate_up"))
-        if level == "inputs":
-            with self.ledger.local() as again:
-                self.forward(layer, again, new)
+        if level < Keep.PRODUCTS:  # all is there again, as if it had been kept
+            self.forward(layer, new, new, Keep.ALL)
             new(rows * hidden * e)
-        elif level == "gate_up":
-            self.product(rows, hidden, 2 * ffn, layer, "gate_up", new, new)
-        if cost.sizes(layer, "down"):
+            level = Keep.ALL
+        has_h2 = level >= Keep.ALL
+        if not has_h2 and (level < Keep.GATE_UP or cost.sizes(layer, "gate_up")):
+            ops.norm(rows, hidden)
+            new(rows * hidden * e)
+        if level < Keep.GATE_UP:
+            self.product(rows, hidden, 2 * ffn, layer, "gate_up", new, lambda size: None)
+        if level < Keep.ALL and cost.sizes(layer, "down"):
             ops.swiglu(rows, ffn)
             new(rows * ffn * e)
         self.product_backward(rows, ffn, hidden, layer, "down", new, needs_x=needs_gate_up)
         if needs_gate_up:
             ops.swiglu_backward(rows, ffn)
             new(2 * rows * ffn * e)
-            if cost.sizes(layer, "gate_up"):
-                ops.norm(rows, hidden)
-                new(rows * hidden * e)
             self.product_backward(rows, hidden, 2 * ffn, layer, "gate_up", new, needs_x=needs_x2)
         if needs_x2:
             ops.norm_backward(rows, hidden)
             new(rows * hidden * e)
             self.product_backward(rows, shape.q_width, hidden, layer, "o", new, needs_x=needs_qkv)
         if needs_qkv:
-            self._attention_backward(layer, last=last, needs_x=needs_x)
+            self._attention_backward(layer, last=last, needs_x=needs_x, has_h=level >= Keep.ALL)
         if needs_x:
             ops.norm_backward(self.sizes.tokens, hidden)
         for size in kept:
@@ -316,7 +325,7 @@ class _Replay:
         if adapted:
             self.ops.lora_backward(rows, inputs, outputs, adapted, self.cost.rank, needs_x=needs_x)
 
-    def _attention_backward(self, layer: int, *, last: bool, needs_x: bool) -> None:
+    def _attention_backward(self, layer: int, *, last: bool, needs_x: bool, has_h: bool) -> None:
         shape, e, ledger, ops = self.shape, self.cost.element, self.ledger, self.ops
         tokens = self.sizes.tokens
         queries = self.sizes.queries if last else tokens
@@ -335,8 +344,9 @@ class _Replay:
                 ops.norm_backward(queries * shape.heads, shape.head_dim)
                 ops.norm_backward(tokens * shape.kv_heads, shape.head_dim)
                 new(qkv - tokens * kv_width // 2 * e)
-            ops.norm(tokens, hidden)
-            new(tokens * hidden * e)
+            if not has_h and self.cost.sizes(layer, "qkv"):
+                ops.norm(tokens, hidden)
+                new(tokens * hidden * e)
             ledger.move(2 * qkv)
             if not last:
                 with ledger.local() as inner:

@@ -183,7 +183,7 @@ def _counted_attention(
         )  # type: ignore[no-untyped-call]
         for start, end in pairwise(ends)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat([part[0].transpose(0, 1) for part in parts])[None], None
 
 
 class _Attention(torch.autograd.Function):

@@ -80,11 +80,12 @@ class Ops:
         with self.ledger.local() as new:
             new(gradients, "gradient")
             if self.kernels:
+                self.ledger.spike("working", _b_partial(rows, adapted, rank))
                 new(-(-rows // 256) * len(adapted) * rank * inputs * 4)
             elif self.c != self.e:
                 new((rows * outputs + size) * self.c)
             self._masks(size, len(adapted))
-        self.ledger.move(rows * sum(adapted) * 2 * self.e / _ADAPTER_SHARE, 4 * len(adapted))
+        self.ledger.move(rows * sum(adapted) * self.e / _ADAPTER_SHARE, 3)
         self.ledger.move(size * (3 if needs_x else 1) * self.e / _ADAPTER_SHARE, 2)
 
     def attention(self, forward: Forward, heads: int, head_dim: int, window: int, *, last: bool) -> None:
@@ -124,3 +125,8 @@ class Ops:
         else:
             self.ledger.spike("working", elements * extra)
             self.ledger.move(elements * moved * _PASSES, 8 * operations)
+
+
+def _b_partial(rows: int, adapted: Sequence[int], rank: int) -> int:
+    """Bytes of the shares of a long sum in lora_b.py: for 128 columns of y each, and for 512 tokens each."""
+    return 4 * rank * (sum(-(-out // 128) for out in adapted) * rows + -(-rows // 512) * sum(adapted))

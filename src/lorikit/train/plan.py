@@ -18,8 +18,7 @@ from lorikit.data.encode import Encoder
 from lorikit.errors import ConfigError
 from lorikit.hub import Resolved, resolve_data, resolve_model
 from lorikit.model.load import load_tokenizer, stop_ids
-from lorikit.train.advice import advice, gib, seconds
-from lorikit.train.cost import row_of
+from lorikit.train.advice import advice, gib, longest_row, seconds
 from lorikit.train.plan_costs import choose_target, costs_of
 from lorikit.train.predict import Prediction, memory_of, predict
 from lorikit.train.run_folder import CONFIG, ENVIRONMENT, is_finished, measured
@@ -60,11 +59,10 @@ def plan(
     costs = costs_of(config, base, target)
     prepared = _prepare(config, base, say, progress)
     predicted = predict(config, base.name, costs, target, prepared.train, prepared.held_out)
-    rows = [row_of(example) for example in prepared.train]
     if predicted.fits is False:
-        longest = max(rows, key=lambda row: row.tokens)
-        predicted = replace(predicted, alone=memory_of(costs, target, [costs.sizes([longest])], []).needed)
-    words = advice(config, base, target, costs, predicted, rows, prepared.train)
+        longest = costs.sizes([longest_row(prepared.train)])
+        predicted = replace(predicted, alone=memory_of(costs, target, [longest], []).needed)
+    words = advice(config, base, target, costs, predicted, prepared.train, prepared.held_out)
     return replace(predicted, advice=words, notes=[*prepared.report.notes, *predicted.notes])
 
 

@@ -6,7 +6,7 @@ Choosing the engine is load_engine's own choice; of the model only config.json a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,13 +20,14 @@ from lorikit.model import decoder_load
 from lorikit.model.decoder import GRAPH_TOKENS
 from lorikit.model.decoder_config import LINEAR
 from lorikit.model.decoder_graph import bucket_of
+from lorikit.model.decoder_memory import Keep, choose
+from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU
 from lorikit.model.load import pick_device, pick_dtype
 from lorikit.train import cost_decoder
 from lorikit.train.cost import (
     GIB,
     GPUS,
     Forward,
-    Keep,
     Ledger,
     Rates,
     Row,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 CONTEXT = GIB // 2
 """Bytes that a process on a GPU takes beside its tensors: the driver's context and the loaded kernels."""
+Levels = Callable[[int], tuple[Keep, ...]]
+"""How much each layer keeps in a forward of so many tokens."""
 _STORED: Mapping[str, Stored] = {"fp8": Stored(1.0, 4.0, 1.0, 1.7), "nf4": Stored(0.52, 0.0, 2.0)}
 _HEAP = 1 << 28  # what a CPU's process holds more than its tensors, through transformers' many small ones
 _LIBRARIES = 1 << 26  # workspace of the library of products, on each stream
@@ -63,7 +66,7 @@ class Target:
 class Costs:
     """An engine's costs. `static` bytes by part; `train` and `evaluate` write one forward to a ledger, `train` returning
     the bytes kept by each layer; `sizes` and `eval_sizes` are those of rows in one forward. `samples`: how many forwards
-    of different sizes are to be timed."""
+    of different sizes are to be timed; `best_tokens` of a forward where the settings give no limit."""
 
     engine: str
     choice: str
@@ -76,6 +79,7 @@ class Costs:
     sizes: Callable[[Sequence[Row]], Forward]
     eval_sizes: Callable[[Sequence[Row]], Forward]
     samples: int
+    best_tokens: int
 
 
 def choose_target(model: ModelConfig, gpu: str | None, memory_gib: float | None, seconds: float = 0.5) -> Target:
@@ -137,19 +141,21 @@ def _decoder(plan: decoder_load.Plan, config: RunConfig, target: Target) -> Cost
         parts = module.split(".")  # model.layers.3.self_attn.q_proj
         names[int(parts[2])].add(parts[-1])
     rank = int(plan.values["r"])
-    keep: Keep = "inputs" if config.train.gradient_checkpointing else "all"
+    highest = Keep.INPUT if config.train.gradient_checkpointing else Keep.ALL if on_gpu else Keep.GATE_UP
     cost = cost_decoder.DecoderCost(
         shape=shape,
         modules=tuple(map(frozenset, names)),
         rank=rank,
         dropout=float(plan.values.get("lora_dropout") or 0.0),
-        keep=(keep,) * shape.layers,
+        keep=(highest,) * shape.layers,
         element=element,
         adapter_element=element if on_gpu else 4,
         kernels=on_gpu,
         linear=_stored(config, target),
     )
-    graphs = config.model.cuda_graphs and on_gpu and element == 2 and shape.head_dim % 8 == 0
+    static = cost_decoder.static_bytes(cost)
+    levels = _levels(cost, config, target, static) if on_gpu and target.memory else None
+    graphs = on_gpu and element == 2 and shape.head_dim % 8 == 0
     libraries = {"libraries": _LIBRARIES * (2 if graphs else 1)} if on_gpu else {}
     by_target = {
         name: sum(rank * sum(shape.linear(name)) for layer in cost.modules if name in layer)
@@ -161,20 +167,45 @@ def _decoder(plan: decoder_load.Plan, config: RunConfig, target: Target) -> Cost
         choice="",
         base_parameters=sum(cost_decoder.base_parameters(shape)),
         by_target=by_target,
-        num_tensors=2 * len(plan.modules),
-        static=cost_decoder.static_bytes(cost) | libraries,
-        train=partial(cost_decoder.training, cost),
+        num_tensors=2,
+        static=static | libraries,
+        train=partial(_train_decoder, cost, levels),
         evaluate=partial(cost_decoder.evaluation, cost),
-        sizes=_bucketed if graphs else cut_forward_of,
+        sizes=partial(_bucketed, levels) if graphs else cut_forward_of,
         eval_sizes=cut_forward_of,
         samples=16,
+        best_tokens=_best_tokens(highest, levels) if on_gpu else BEST_TOKENS_CPU,
     )
 
 
-def _bucketed(rows: Sequence[Row]) -> Forward:
+def _levels(cost: cost_decoder.DecoderCost, config: RunConfig, target: Target, static: Mapping[str, int]) -> Levels:
+    """As DecoderEngine.levels: what is free once weights and adapter are there, within model.gpu_memory_gib."""
+    assert target.memory is not None
+    limit = config.model.gpu_memory_gib
+    most = target.memory - CONTEXT if limit is None else min(target.memory - CONTEXT, int(limit * GIB))
+    free = most - sum(static.values())
+    return lambda tokens: choose(cost.shape, tokens, free, cost.element, cost.keep[0])
+
+
+def _best_tokens(highest: Keep, levels: Levels | None) -> int:
+    """As DecoderEngine.best_tokens."""
+    tokens = BEST_TOKENS
+    while levels and tokens > 4096 and levels(tokens)[0] < min(Keep.GATE_UP, highest):
+        tokens //= 2
+    return tokens
+
+
+def _train_decoder(
+    cost: cost_decoder.DecoderCost, levels: Levels | None, forward: Forward, ledger: Ledger
+) -> list[int]:
+    keep = levels(forward.tokens) if levels else cost.keep
+    return cost_decoder.training(replace(cost, keep=keep), forward, ledger)
+
+
+def _bucketed(levels: Levels | None, rows: Sequence[Row]) -> Forward:
     """The bucket of a CUDA graph that these rows are put into, or their own sizes where they are too many for one."""
     tokens, labels = sum(row.tokens for row in rows), sum(row.labels for row in rows)
-    if tokens > GRAPH_TOKENS or not labels:
+    if tokens > GRAPH_TOKENS or not labels or (levels and levels(tokens)[0] == Keep.HOST):
         return cut_forward_of(rows)
     ids, ends = torch.empty(tokens, device="meta"), torch.empty(len(rows) + 1, device="meta")
     bucket = bucket_of(Batch(ids, ids, ids, ends, max(row.tokens for row in rows), labels))
@@ -211,4 +242,5 @@ def _generic(config: RunConfig, base: Resolved, target: Target, choice: str) -> 
         sizes=forward_of,
         eval_sizes=forward_of,
         samples=1,
+        best_tokens=BEST_TOKENS if target.kind != "cpu" else BEST_TOKENS_CPU,
     )

@@ -22,13 +22,12 @@ from lorikit.config import RunConfig
 from lorikit.data.pack import split_step
 from lorikit.data.values import Example
 from lorikit.train.cost import Forward, Ledger, Uncounted, row_of, step_seconds
-from lorikit.train.optim import Budget, plan_steps
+from lorikit.train.optim import plan_steps
 from lorikit.train.plan_costs import CONTEXT, Costs, Target
 
 _STEPS = 4000  # steps whose rows are looked at; of longer runs as many, evenly spread
 _EVAL_BLOCK = 256  # rows that evaluate.py packs at a time
 _SLACK = 0.03  # of what comes and goes: rounding and gaps of the allocator
-_CAPTURE_SECONDS = 0.3  # a graph; from one run of 62 steps that took 11.6 s longer than its steps
 _TENSOR_SECONDS = 20e-6  # of the host, for each of the adapter's tensors in clipping and AdamW
 
 
@@ -134,8 +133,8 @@ def predict(
 ) -> Prediction:
     """The prediction for rows that are tokens already. `max_tokens`: most tokens in a forward, if memory has set a limit;
     `loaded`: this process holds the weights and the adapter."""
-    steps = count_steps(config, costs, train, max_tokens or config.train.max_tokens_per_forward, target.kind)
-    evaluations = _evaluations(costs, held_out, steps.max_tokens)
+    steps = count_steps(config, costs, train, max_tokens or config.train.max_tokens_per_forward)
+    evaluations = evaluations_of(costs, held_out, steps.max_tokens)
     notes = _notes(config, target)
     try:
         memory = memory_of(costs, target, steps.forwards, evaluations, loaded=loaded)
@@ -171,10 +170,10 @@ def predict(
     )
 
 
-def count_steps(config: RunConfig, costs: Costs, train: Sequence[Example], max_tokens: int, kind: str) -> Steps:
-    """The steps of a run with at most `max_tokens` in a forward, 0 for what the device's kind is given."""
+def count_steps(config: RunConfig, costs: Costs, train: Sequence[Example], max_tokens: int) -> Steps:
+    """The steps of a run with at most `max_tokens` in a forward, 0 for what the engine takes by itself."""
     planned = plan_steps(config.train, len(train))
-    budget = Budget(max_tokens, kind, lambda text: None).max_tokens
+    budget = max_tokens or costs.best_tokens
     sizes = {id(example): row_of(example) for example in train}
     looked_at = min(_STEPS, planned.num_steps)
     tokens, counts, forwards = [], [], []
@@ -245,7 +244,7 @@ def _largest(forwards: Sequence[Forward]) -> list[Forward]:
     return list(dict.fromkeys(most))
 
 
-def _evaluations(costs: Costs, held_out: Sequence[Example], max_tokens: int) -> list[Forward]:
+def evaluations_of(costs: Costs, held_out: Sequence[Example], max_tokens: int) -> list[Forward]:
     """The forwards of one evaluation."""
     sizes = {id(example): row_of(example) for example in held_out}
     return [
@@ -259,15 +258,16 @@ def _time(config: RunConfig, costs: Costs, target: Target, steps: Steps, evaluat
     assert target.rates is not None
     ordered = sorted(steps.forwards, key=lambda f: (f.tokens, f.labels))
     count = min(costs.samples, len(ordered))
-    seconds = 0.0
+    seconds = host = 0.0
     for number in range(count):
         forward = ordered[(2 * number + 1) * len(ordered) // (2 * count)]
         ledger = Ledger(target.rates)
         costs.train(forward, ledger)
         seconds += step_seconds(ledger, graph=forward.bucket) / count
+        host = max(host, ledger.host)  # a capture starts every operation once
     parameters = sum(costs.by_target.values())
-    host = _TENSOR_SECONDS * costs.num_tensors if target.kind == "cuda" else 0.0
-    step = seconds * steps.forwards_mean + host + 44 * parameters / target.rates.bandwidth
+    update = _TENSOR_SECONDS * costs.num_tensors if target.kind == "cuda" else 0.0
+    step = seconds * steps.forwards_mean + update + 44 * parameters / target.rates.bandwidth
     evaluation = 0.0
     if evaluations:
         ledger = Ledger(target.rates)
@@ -276,8 +276,8 @@ def _time(config: RunConfig, costs: Costs, target: Target, steps: Steps, evaluat
         share = sum(forward.tokens for forward in evaluations) / largest.tokens
         evaluation = max(ledger.seconds * share, ledger.host * len(evaluations))
     num_evaluations = math.ceil(steps.count / (config.eval.eval_steps or steps.an_epoch))
-    graphs = len(set(steps.forwards)) if any(forward.bucket for forward in steps.forwards) else 0
-    captures = graphs * _CAPTURE_SECONDS
+    graphs = len({_bucket(forward) for forward in steps.forwards if forward.bucket})
+    captures = graphs * host
     total = steps.count * step + num_evaluations * evaluation + captures
     return Time(
         step=step,
@@ -288,6 +288,12 @@ def _time(config: RunConfig, costs: Costs, target: Target, steps: Steps, evaluat
         tokens_per_second=steps.tokens_mean / step,
         source=target.rates.source,
     )
+
+
+def _bucket(forward: Forward) -> tuple[int, ...]:
+    """What tells one graph's sizes from another's, as decoder_graph.Bucket does."""
+    longest = 1 << (max(forward.lengths) - 1).bit_length()
+    return forward.tokens, forward.labels, len(forward.lengths), max(512, longest)
 
 
 def _notes(config: RunConfig, target: Target) -> list[str]:
