@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +79,14 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         )
         training.restore()
         write_data_report(run, prepared.report)
-        for line in _summary(training, prepared.report):
-            report.say(line)
+        _summarise(training, prepared.report)
         predicted = _predict(training, base)
         signals.check()
 
         # 6. The loop, and what it took.
         training.run()
-        took = measured(run) | {"peak_memory_bytes": peak_memory(engine.device)}
-        write_environment(run, predicted=predicted, measured=took)
+        peak = {"peak_memory_bytes": peak_memory(engine.device)}
+        write_environment(run, predicted=predicted, measured=measured(run) | peak)
     return run
 
 
@@ -121,15 +119,16 @@ def _find_data(config: RunConfig, names: str | list[str], report: Report) -> lis
     return [resolve_data(name, hub=config.model.hub, report=report.say).path for name in names]
 
 
-def _summary(training: Training, rows: DataReport) -> Iterator[str]:
-    """What is about to happen, in a few lines."""
-    engine, plan = training.engine, training.plan
-    yield from rows.notes
-    yield (
+def _summarise(training: Training, rows: DataReport) -> None:
+    """Say what is about to happen, in a few lines."""
+    engine, plan, say = training.engine, training.plan, training.report.say
+    for note in rows.notes:
+        say(note)
+    say(
         f"{rows.num_rows} rows read: {rows.num_trained} to train, {len(rows.held_out)} held out, {rows.num_dropped} dropped, "
         f"{len(rows.duplicates)} duplicates removed (data_report.json names them)"
     )
     trainable = sum(parameter.numel() for parameter in engine.parameters())
     why = f" (not the decoder: {engine.choice})" if engine.choice else ""
-    yield f"{training.base_name} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters"
-    yield f"{plan.num_steps} steps of {plan.rows_per_step} rows, {plan.steps_per_epoch} an epoch"
+    say(f"{training.base_name} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters")
+    say(f"{plan.num_steps} steps of {plan.rows_per_step} rows, {plan.steps_per_epoch} an epoch")
