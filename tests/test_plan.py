@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Gemma2Config, MixtralConfig
 
 import tiny_decoder as tiny
 from hollow_model import LLAMA3_8B, save_hollow
@@ -253,14 +254,22 @@ def examples(count, length):
     ]
 
 
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        return None
+
+
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory):
-    class NoTokenizer:
-        def save_pretrained(self, folder):
-            return None
-
     folder = save_hollow(tmp_path_factory.mktemp("llama3"), LLAMA3_8B, NoTokenizer())
     return Resolved(folder, "org/llama3", "path", None)
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory):
+    config = LLAMA3_8B | {"num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 4096}
+    folder = save_hollow(tmp_path_factory.mktemp("four"), config, NoTokenizer())
+    return Resolved(folder, "org/four", "path", None)
 
 
 def planned(base, flags, gpu, rows, memory=None):
@@ -283,13 +292,15 @@ def test_eight_billion_parameters_are_planned_without_a_weight_read(llama3):
     assert json.loads(json.dumps(predicted.to_dict()))["time"]["num_graphs"] == 1
 
 
-def test_advice_names_a_forward_that_fits(llama3):
+def test_advice_names_a_forward_that_fits(four_layers):
     rows = examples(16, 2000)
-    predicted, words = planned(llama3, ["--model.engine", "generic"], None, rows, 60)
+    predicted, words = planned(four_layers, ["--model.engine", "generic"], None, rows, 12)
     assert predicted.fits is False
     limit = words[0].split()[1]
     assert words[0].startswith("train.max_tokens_per_forward: ")
-    mended, _ = planned(llama3, ["--model.engine", "generic", "--train.max_tokens_per_forward", limit], None, rows, 60)
+    mended, _ = planned(
+        four_layers, ["--model.engine", "generic", "--train.max_tokens_per_forward", limit], None, rows, 12
+    )
     assert mended.fits is True and gib(mended.memory.needed) in words[0]
 
 
@@ -340,3 +351,23 @@ def test_figures_are_said_in_the_unit_that_fits():
     assert [gib(x) for x in (0.5 * 2**20, 300 * 2**20, 1.5 * GIB)] == ["0.5 MiB", "300 MiB", "1.5 GiB"]
     said = [seconds(x) for x in (0.0021, 0.082, 3.21, 99, 600, 8000)]
     assert said == ["2.1 ms", "82 ms", "3.2 s", "99 s", "10 min", "2.2 h"]
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2), Gemma2Config(**SMALL, head_dim=8)],
+    ids=["experts", "soft caps"],
+)
+def test_a_model_that_is_not_modelled_gets_its_weights_counted_and_no_prediction(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    base = Resolved(tmp_path, "org/other", "path", None)
+    run = a_run(engine="generic")
+    target = choose_target(run.model, None, None, seconds=0.01)
+    predicted = predict(run, "other", costs_of(run, base, target), target, examples(4, 12), [])
+    assert predicted.memory is None and predicted.time is None and predicted.fits is None
+    assert predicted.base_parameters > 0 and predicted.steps.count == 3
+    assert "cannot be predicted" in predicted.notes[-1]

@@ -38,7 +38,7 @@ _CPU_PRODUCTS = 0.8  # a model's products, of several sizes and next to other wo
 
 
 class Uncounted(Exception):
-    """The model does something that needs values, such as choosing experts, and cannot run without them."""
+    """The model does something that needs values, such as choosing experts, or attends in a way that is not modelled."""
 
 
 @dataclass(frozen=True, slots=True)

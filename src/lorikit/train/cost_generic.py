@@ -171,6 +171,8 @@ def _counted_attention(
     """query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E), all without values."""
     if lorikit_counted is None:
         raise ValueError("the model does not hand its arguments on to attention")
+    if refused := [k for k in ("softcap", "s_aux", "position_bias") if others.get(k) is not None]:
+        raise ValueError(f"its attention has {', '.join(refused)}, which packed attention does not compute")
     forward, ledger, kernels = lorikit_counted
     sizes = ledger, attended_pairs(forward, sliding_window or 0, last=False, tile=_BLOCK if kernels else 1)
     if kernels:

@@ -141,7 +141,7 @@ def predict(
         time = _time(config, costs, target, steps, evaluations) if target.rates else None
     except Uncounted as reason:
         memory, time = None, None
-        notes.append(f"Activations and time cannot be predicted, the model computes with values: {reason}")
+        notes.append(f"Memory and time cannot be predicted for this model: {reason}")
     tokens = sum(len(example.input_ids) for example in train)
     rows = {
         "train": len(train),
