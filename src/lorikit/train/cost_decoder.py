@@ -218,7 +218,7 @@ class _Replay:
     def _project(self, layer: int, keep: New) -> None:
         shape, e, tokens, queries = self.shape, self.cost.element, self.sizes.tokens, self.sizes.queries
         hidden, q_width, kv_width = shape.hidden, shape.q_width, 2 * shape.kv_width
-        if layer < shape.layers - 1:
+        if layer < shape.layers - 1 or self.sizes.bucket:  # a bucket's every token asks a query
             queries = tokens
             self.product(tokens, hidden, q_width + kv_width, layer, "qkv", keep, keep)
         else:
@@ -348,7 +348,7 @@ class _Replay:
                 ops.norm(tokens, hidden)
                 new(tokens * hidden * e)
             ledger.move(2 * qkv)
-            if not last:
+            if not last or self.sizes.bucket:
                 with ledger.local() as inner:
                     inner(qkv)
                     self.product_backward(tokens, hidden, q_width + kv_width, layer, "qkv", new, needs_x=needs_x)
