@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -183,6 +184,38 @@ def check(
 
 
 @app.command
+def plan(
+    config: Path, /, *flags: Flags, gpu: str | None = None, memory_gib: float | None = None, as_json: Json = False
+) -> None:
+    """What RUN.yaml will need, before anything is loaded: engine, steps, memory by part, time, and what to change.
+
+    Reads the rows as train does, of the model only config.json and the weights' headers. A run that does not fit is answered
+    with settings that do, with their figures; exits with 6 if not even one row a forward fits.
+
+    Parameters
+    ----------
+    config
+        The YAML file of the run; or a run folder, to see what was predicted beside what was measured.
+    gpu
+        Plan for h100, h200, a100, a100-40, l40s, rtx4090 or rtx3090; by default for this machine's GPU, or its CPU.
+    memory_gib
+        Plan for a GPU with this much memory; without --gpu its speed is not known.
+    """
+    from lorikit.config import load_config
+
+    settings = None if config.is_dir() else load_config(config, flags)
+    from lorikit.train import plan as planning
+    from lorikit.train.plan_view import render
+
+    rows = partial(_show, what="rows")
+    asked = bool(flags or gpu or memory_gib)
+    planned = planning.plan(settings, gpu, memory_gib, rows) if settings else planning.compare(config, asked=asked)
+    _print_json(planned.to_dict()) if as_json else render(planned)
+    if not planned.can_run:
+        raise SystemExit(OutOfMemoryError.exit_code)
+
+
+@app.command
 def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
     """Train an adapter as RUN.yaml says; the same command goes on with a run that was cut off.
 
@@ -254,7 +287,9 @@ def generate(
             print(piece, end="", flush=True)
         print()
         return
-    answers = answer(session, [p.messages for p in prompts], answering.sampling(), _counter(len(prompts)))
+    answers = answer(
+        session, [p.messages for p in prompts], answering.sampling(), partial(_show, total=len(prompts), what="answers")
+    )
     if as_json:
         _print_json(answer_rows(prompts, answers))
         return
@@ -359,11 +394,7 @@ def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:first]), list(arguments[first:])
 
 
-def _counter(total: int) -> Callable[[int], None]:
-    """Shows on a terminal how many of `total` answers are finished."""
-
-    def show(done: int) -> None:
-        if total > 1 and sys.stderr.isatty():
-            print(f"\r{done}/{total} answers", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-    return show
+def _show(done: int, total: int, what: str) -> None:
+    """Shows on a terminal how many of `total` are done."""
+    if total > 1 and sys.stderr.isatty():
+        print(f"\r{done:,} of {total:,} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)

@@ -101,14 +101,19 @@ def _load_generic(
     elif new_adapter is not None:
         wrapped = lora.add_adapter(model, new_adapter, seed=seed)
     if gradient_checkpointing and trainable:
-        # Without reentrant checkpoints the inputs need no gradient, with the code of older models they do.
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )  # the name since 5.20
-        enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        enable_checkpoints(model)
     wrapped.eval()
     return GenericEngine(wrapped, attention=config.attn_implementation, choice=choice)
+
+
+def enable_checkpoints(model: PreTrainedModel) -> None:
+    """Have a model of transformers keep only the inputs of its layers for the backward."""
+    # Without reentrant checkpoints the inputs need no gradient, with the code of older models they do.
+    enable = getattr(
+        model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+    )  # its name since 5.20
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lorikit.config import RunConfig
 from lorikit.data.account import DataReport
 from lorikit.data.audit import prepare
 from lorikit.data.encode import Encoder
-from lorikit.hub import resolve_data, resolve_model
+from lorikit.hub import Resolved, resolve_data, resolve_model
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
-from lorikit.train.metrics import check_trackers
+from lorikit.train.metrics import check_trackers, peak_memory
+from lorikit.train.plan import one_line
+from lorikit.train.plan_costs import choose_target, costs_of
+from lorikit.train.predict import predict
 from lorikit.train.progress import Report
-from lorikit.train.run_folder import ADAPTER_FOLDER, is_finished, open_run, write_data_report
+from lorikit.train.run_folder import (
+    ADAPTER_FOLDER,
+    is_finished,
+    measured,
+    open_run,
+    write_data_report,
+    write_environment,
+)
 from lorikit.train.signals import Signals
 from lorikit.train.training import Training
 
@@ -69,13 +79,39 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         )
         training.restore()
         write_data_report(run, prepared.report)
-        for line in _summary(training, prepared.report):
-            report.say(line)
+        _summarise(training, prepared.report)
+        predicted = _predict(training, base)
         signals.check()
 
-        # 6. The loop.
+        # 6. The loop, and what it took.
         training.run()
+        peak = {"peak_memory_bytes": peak_memory(engine.device)}
+        write_environment(run, predicted=predicted, measured=measured(run) | peak)
     return run
+
+
+def _predict(training: Training, base: Resolved) -> dict[str, Any] | None:
+    """Memory and time, said in a line and noted in environment.json, so that the run can be held to them."""
+    config = training.config
+    try:
+        target = choose_target(config.model, None, None, seconds=0.2)
+        predicted = predict(
+            config,
+            training.base_name,
+            costs_of(config, base, target),
+            target,
+            training.rows,
+            training.held_out,
+            max_tokens=training.budget.max_tokens,
+            loaded=True,
+        )
+    except Exception as error:  # a wrong prediction, or none, is no reason to stop a training
+        training.report.say(f"plan: memory and time could not be predicted ({type(error).__name__}: {error})")
+        return None
+    training.report.say(one_line(predicted))
+    values = predicted.to_dict()
+    write_environment(training.run_folder, predicted=values)
+    return values
 
 
 def _find_data(config: RunConfig, names: str | list[str], report: Report) -> list[Path]:
@@ -83,15 +119,16 @@ def _find_data(config: RunConfig, names: str | list[str], report: Report) -> lis
     return [resolve_data(name, hub=config.model.hub, report=report.say).path for name in names]
 
 
-def _summary(training: Training, rows: DataReport) -> Iterator[str]:
-    """What is about to happen, in a few lines."""
-    engine, plan = training.engine, training.plan
-    yield from rows.notes
-    yield (
+def _summarise(training: Training, rows: DataReport) -> None:
+    """Say what is about to happen, in a few lines."""
+    engine, plan, say = training.engine, training.plan, training.report.say
+    for note in rows.notes:
+        say(note)
+    say(
         f"{rows.num_rows} rows read: {rows.num_trained} to train, {len(rows.held_out)} held out, {rows.num_dropped} dropped, "
         f"{len(rows.duplicates)} duplicates removed (data_report.json names them)"
     )
     trainable = sum(parameter.numel() for parameter in engine.parameters())
     why = f" (not the decoder: {engine.choice})" if engine.choice else ""
-    yield f"{training.base_name} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters"
-    yield f"{plan.num_steps} steps of {plan.rows_per_step} rows, {plan.steps_per_epoch} an epoch"
+    say(f"{training.base_name} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters")
+    say(f"{plan.num_steps} steps of {plan.rows_per_step} rows, {plan.steps_per_epoch} an epoch")

@@ -10,8 +10,9 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lorikit.config import RunConfig, dump_config, load_config
 from lorikit.data.account import DataReport
@@ -21,6 +22,8 @@ from lorikit.train.checkpoint import checkpoints
 from lorikit.train.storage import STAGING, disk_errors, remove_staged, write_file
 
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
 _LOCK = ".lock"
 _MAY_CHANGE = {
@@ -83,7 +86,36 @@ def check_settings(run: Path, config: RunConfig) -> None:
 def write_config(run: Path, config: RunConfig) -> None:
     """config.yaml and environment.json. Only now is the folder a run: what fails before leaves nothing to undo."""
     write_file(run / CONFIG, dump_config(config).encode())
-    write_file(run / "environment.json", json.dumps(environment(), indent=1).encode() + b"\n")
+    write_environment(run)
+
+
+def write_environment(run: Path, **more: object) -> None:
+    """environment.json: what a result may depend on, and `more`, such as what was predicted and what was measured."""
+    write_file(run / ENVIRONMENT, json.dumps({**environment(), **more}, indent=1).encode() + b"\n")
+
+
+def measured(run: Path) -> dict[str, Any]:
+    """What the lines of metrics.jsonl say of memory and time; empty before the first one.
+
+    `seconds` is the wall time of all processes that worked on the run, up to the last line.
+    """
+    lines = []
+    with suppress(OSError, UnicodeDecodeError):
+        for text in (run / METRICS).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a killed process leaves half a line
+                lines.append(json.loads(text))
+    steps = [line for line in lines if "tokens_per_second" in line]
+    if not steps:
+        return {}
+    tokens = [0, *(line["tokens"] for line in steps)]
+    seconds = sum((tokens[n + 1] - tokens[n]) / line["tokens_per_second"] for n, line in enumerate(steps))
+    return {
+        "steps": steps[-1]["step"],
+        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in steps),
+        "seconds_per_step": seconds / steps[-1]["step"],
+        "tokens_per_second": tokens[-1] / seconds,
+        "seconds": max(line["seconds"] for line in lines),
+    }
 
 
 def write_data_report(run: Path, report: DataReport) -> None:

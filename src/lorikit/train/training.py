@@ -27,7 +27,7 @@ from lorikit.train.evaluate import answers, held_out_loss
 from lorikit.train.metrics import MetricsFile, Record, numbers_of, open_trackers, peak_memory
 from lorikit.train.optim import Budget, InFlight, begin_step, derived_seed, is_out_of_memory, plan_steps, prepare_step
 from lorikit.train.progress import Report
-from lorikit.train.run_folder import ADAPTER_FOLDER, write_config
+from lorikit.train.run_folder import ADAPTER_FOLDER, METRICS, write_config
 from lorikit.train.signals import Signals
 from lorikit.train.storage import new_folder
 
@@ -98,7 +98,7 @@ class Training:
         """Step until the plan or early stopping ends it, then write adapter/. `restore` comes first."""
         self.signals.defer()
         self.seconds_before, self.started = self.state.seconds, time.perf_counter()
-        self.metrics = MetricsFile(self.run_folder / "metrics.jsonl", self.state.metrics_bytes)
+        self.metrics = MetricsFile(self.run_folder / METRICS, self.state.metrics_bytes)
         self.trackers = open_trackers(self.config, self.run_folder, self.state.step)
         self.report.start(self.plan.num_steps, self.state.step)
         self.engine.train()
