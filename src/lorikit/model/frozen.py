@@ -13,6 +13,7 @@ a dense copy of a whole layer never exists.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -227,8 +228,22 @@ def check(quantization: str, dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
+def check_generic(quantization: str, device: torch.device, reason: str) -> None:
+    """ConfigError when only the decoder computes with weights quantised so; `reason`: why it does not take the model."""
+    if quantization == "fp8":
+        raise ConfigError(
+            f"model.quantization fp8 needs the decoder: {reason}. Set model.quantization: none, or nf4 on an NVIDIA GPU"
+        )
+    if device.type != "cuda":
+        # bitsandbytes 0.50 on CPUs with AVX512-BF16: once a layer was used for evaluation, no gradient goes through it.
+        raise ConfigError(
+            f"model.quantization nf4 on {device} needs the decoder: {reason}. Set model.quantization: none"
+        )
+
+
 def bitsandbytes() -> Any:
     """`bitsandbytes.functional`. ConfigError when it is not installed, or cannot be used on this machine."""
+    quiet_bitsandbytes()
     try:
         import bitsandbytes.functional
     except ImportError as error:
@@ -236,6 +251,11 @@ def bitsandbytes() -> Any:
             f"model.quantization nf4 needs bitsandbytes ({str(error).splitlines()[0]}): pip install 'lorikit[quant]'"
         ) from None
     return bitsandbytes.functional
+
+
+def quiet_bitsandbytes() -> None:
+    """Its import, which peft's brings along, warns on some CPUs that a product is slow which is never used there."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _matrices(rows: Sequence[int], wanted: slice) -> slice:

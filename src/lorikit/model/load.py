@@ -83,11 +83,8 @@ def load_engine(
         if config.engine == "decoder":
             raise ModelError(f"{base.name}: the decoder cannot take it, {plan}; set model.engine: auto or generic")
         choice = plan
-    if config.quantization == "fp8":
-        raise ConfigError(
-            f"model.quantization fp8 is the decoder's own, which does not take {base.name}: "
-            f"{choice or 'model.engine is generic'}; set model.quantization: nf4 or none"
-        )
+    if config.quantization != "none":
+        frozen.check_generic(config.quantization, device, choice or "model.engine is generic")
     return _load_generic(config, base, adapter, new_adapter, seed, gradient_checkpointing, choice)
 
 
@@ -100,8 +97,10 @@ def _load_generic(
     gradient_checkpointing: bool,
     choice: str,
 ) -> Engine:
+    from lorikit.model.frozen import quiet_bitsandbytes
     from lorikit.model.generic import GenericEngine
 
+    quiet_bitsandbytes()
     model = load_base(config, base)
     trainable = new_adapter is not None
     wrapped: Any = model
