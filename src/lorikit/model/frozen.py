@@ -164,10 +164,11 @@ class Nf4:
         functional = bitsandbytes()
         for part, matrix in zip(out.split(self.rows), self.matrices, strict=True):
             assert matrix is not None, "its place was not filled"
+            flat = part.view(1, -1)
             if part.is_cuda:
-                functional.dequantize_4bit(*matrix, out=part)
+                functional.dequantize_4bit(*matrix, out=flat)
             else:  # elsewhere bitsandbytes only makes new tensors
-                part.copy_(functional.dequantize_4bit(*matrix))
+                flat.copy_(functional.dequantize_4bit(*matrix))
         return out
 
     def places(self) -> list[Place]:
@@ -180,7 +181,8 @@ class Nf4:
 
     def _put(self, number: int) -> Callable[[Tensor], None]:
         def put(matrix: Tensor) -> None:
-            on_device = matrix.to(self.device, self.dtype).contiguous()
+            # As one row: bitsandbytes 0.50 on a CPU finds the wrong scales where rows are no multiple of the blocks.
+            on_device = matrix.to(self.device, self.dtype).reshape(1, -1)
             with self.lock:
                 self.matrices[number] = bitsandbytes().quantize_4bit(
                     on_device, quant_type="nf4", blocksize=NF4_BLOCK, compress_statistics=True
