@@ -138,7 +138,7 @@ def test_with_fp8_losses_and_gradients_are_off_by_what_quantised_activations_cos
         losses.append(abs(float(loss / want_loss) - 1))
         off += [relative(got[name], want[name]) for name in want]
     assert max(losses) <= 0.01
-    assert 0 < min(off) and sorted(off)[len(off) // 2] <= 0.2 and max(off) <= 0.4
+    assert min(off) > 0 and sorted(off)[len(off) // 2] <= 0.2 and max(off) <= 0.4
 
 
 @QUANTISED
@@ -204,7 +204,10 @@ def test_without_bitsandbytes_nf4_says_what_to_install_before_anything_is_read(t
 @QUANTISED
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"engine": "generic"}, "model.engine is generic"), ({"attn_implementation": "eager"}, "attn_implementation is set")],
+    [
+        ({"engine": "generic"}, "model.engine is generic"),
+        ({"attn_implementation": "eager"}, "attn_implementation is set"),
+    ],
 )
 def test_on_a_cpu_only_the_decoder_computes_with_quantised_weights(quantization, changes, said, tmp_path):
     with pytest.raises(ConfigError, match=said) as raised:

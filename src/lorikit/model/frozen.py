@@ -86,7 +86,7 @@ class Dense:
 
     def places(self) -> list[Place]:
         """Rows of the weight."""
-        return [Place.of(part) for part in self.weight.split(self.rows)]
+        return [Place.of(part) for part in torch.split(self.weight, list(self.rows))]
 
     def __getitem__(self, rows: slice) -> Dense:
         return Dense(self.weight[rows], self.rows[_matrices(self.rows, rows)])
@@ -117,7 +117,7 @@ class Fp8:
 
     def places(self) -> list[Place]:
         """Rows of values and scales; every row has its own scale, so the matrices are as if quantised alone."""
-        parts = zip(self.values.split(self.rows), self.scales.split(self.rows), strict=True)
+        parts = zip(*(torch.split(t, list(self.rows)) for t in (self.values, self.scales)), strict=True)
         return [Place(tuple(values.shape), self._put(values, scales)) for values, scales in parts]
 
     def __getitem__(self, rows: slice) -> Fp8:
@@ -162,7 +162,7 @@ class Nf4:
         """W (O, I), a buffer of its own."""
         out = torch.empty((sum(self.rows), self.inputs), dtype=self.dtype, device=self.device)
         functional = bitsandbytes()
-        for part, matrix in zip(out.split(self.rows), self.matrices, strict=True):
+        for part, matrix in zip(torch.split(out, list(self.rows)), self.matrices, strict=True):
             assert matrix is not None, "its place was not filled"
             flat = part.view(1, -1)
             if part.is_cuda:

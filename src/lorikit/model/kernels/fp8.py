@@ -190,7 +190,9 @@ def _quantize_kernel(
 
 
 @kernel()
-def _transpose_kernel(values_at: Pointer, out_at: Pointer, num_rows: Value, num_columns: Value, TILE: constexpr) -> None:
+def _transpose_kernel(
+    values_at: Pointer, out_at: Pointer, num_rows: Value, num_columns: Value, TILE: constexpr
+) -> None:
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     read = row[:, None].to(tl.int64) * num_columns + column[None, :]
