@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from test_decoder_cuda import FAMILIES, base, gradient, rows  # noqa: F401
 
 from lorikit.config import LoraSettings, ModelConfig
 from lorikit.data.pack import pack
@@ -14,7 +15,6 @@ from lorikit.model.engine import Sampling
 from lorikit.model.frozen import allocator
 from lorikit.model.kernels.fp8 import FP8, quantize_rows, quantize_rows_reference, transpose
 from lorikit.model.load import load_base, load_engine
-from test_decoder_cuda import FAMILIES, base, gradient, rows  # noqa: F401
 from test_frozen import dense_twin, relative
 from test_kernels import DTYPES, fresh_numbers  # noqa: F401
 from test_kernels_fp8 import check_extremes, check_products, check_rows
