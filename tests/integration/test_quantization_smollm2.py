@@ -82,14 +82,16 @@ def test_a_run_on_an_nf4_base_is_trained_saved_and_answers(tmp_path):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "kernels" not in done.stderr, "bitsandbytes' own advice is nothing to a user"
-        return done.stdout
+        return done
 
     run = tmp_path / "run"
     few = ["--train.max_steps", "2", "--train.output_dir", str(run), "--model.device", "cpu"]
-    lorikit("train", "examples/demo.yaml", "--model.quantization", "nf4", *few)
+    trained = lorikit("train", "examples/demo.yaml", "--model.quantization", "nf4", *few)
+    assert "linear layers in nf4" in trained.stdout + trained.stderr
+    assert "linear layers in nf4" in (run / "adapter" / "README.md").read_text()
     assert load_config(run / "config.yaml").model.quantization == "nf4"
     values = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert values["peft_type"] == "LORA" and "quantization" not in json.dumps(values)
     asked = ["--prompt", "Who are you?", "--greedy", "--max-new-tokens", "8", "--json"]
-    (answer,) = json.loads(lorikit("generate", str(run), *asked))
+    (answer,) = json.loads(lorikit("generate", str(run), *asked).stdout)
     assert answer["answer"].strip()

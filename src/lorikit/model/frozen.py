@@ -234,12 +234,12 @@ def check_generic(quantization: str, device: torch.device, reason: str) -> None:
     """ConfigError when only the decoder computes with weights quantised so; `reason`: why it does not take the model."""
     if quantization == "fp8":
         raise ConfigError(
-            f"model.quantization fp8 needs the decoder: {reason}. Set model.quantization: none, or nf4 on an NVIDIA GPU"
+            f"model.quantization fp8 needs the decoder: {reason}. Change that, or set model.quantization: none, or nf4 on a GPU"
         )
     if device.type != "cuda":
         # bitsandbytes 0.50 on CPUs with AVX512-BF16: once a layer was used for evaluation, no gradient goes through it.
         raise ConfigError(
-            f"model.quantization nf4 on {device} needs the decoder: {reason}. Set model.quantization: none"
+            f"model.quantization nf4 on {device} needs the decoder: {reason}. Change that, or set model.quantization: none"
         )
 
 

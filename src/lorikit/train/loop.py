@@ -93,5 +93,7 @@ def _summary(training: Training, rows: DataReport) -> Iterator[str]:
     )
     trainable = sum(parameter.numel() for parameter in engine.parameters())
     why = f" (not the decoder: {engine.choice})" if engine.choice else ""
-    yield f"{training.base_name} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters"
+    bits = training.config.model.quantization
+    base = training.base_name + (f", linear layers in {bits}," if bits != "none" else "")
+    yield f"{base} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters"
     yield f"{plan.num_steps} steps of {plan.rows_per_step} rows, {plan.steps_per_epoch} an epoch"
