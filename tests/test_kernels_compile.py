@@ -40,6 +40,8 @@ LAUNCHES = {
         "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *i32 i32 i32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32 fp32",
         {"PARTS": 1024, "CLIP": True, "BLOCK": 1024},
     ),
+    "fp8._quantize_kernel": ("*x *fp32 *fp8e4nv *fp32 i32 i32", {"WIDTH": 14336, "PART": 16384, "SCALED": True}),
+    "fp8._transpose_kernel": ("*u8 *u8 i32 i32", {"TILE": 128}),
 }
 
 
@@ -49,7 +51,7 @@ def kernel_named(name):
 
 
 def test_every_kernel_is_among_the_launches():
-    modules = ("rmsnorm", "rope", "swiglu", "dropout", "lora_a_triton", "lora_b", "sums", "adamw")
+    modules = ("rmsnorm", "rope", "swiglu", "dropout", "lora_a_triton", "lora_b", "sums", "adamw", "fp8")
     found = {
         f"{module}.{name}"
         for module in modules

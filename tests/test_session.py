@@ -55,6 +55,21 @@ def test_without_need_of_an_adapter_a_run_is_its_base_in_its_own_settings(made, 
     assert text(session) == text(open_run(made / "base", need_adapter=False))
 
 
+@pytest.mark.parametrize("quantization", ["fp8", "nf4"])
+def test_a_run_on_a_quantised_base_answers_on_the_same_quantised_base(quantization, run):
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes")
+    settings = json.loads((run / "config.yaml").read_text())
+    settings["model"]["quantization"] = quantization
+    (run / "config.yaml").write_text(json.dumps(settings))
+    for folder, need in ((run, True), (run / "adapter", True), (run, False)):
+        engine = open_run(folder, need_adapter=need).engine
+        assert {type(w).__name__.lower() for w in (engine.weights.layers[0].qkv, engine.weights.layers[-1].down)} == {
+            quantization
+        }
+        assert text(open_run(folder, need_adapter=need)) == text(open_run(folder, need_adapter=need))
+
+
 def test_the_settings_of_training_make_the_prompt(made, tmp_path):
     run = save_run(tmp_path / "run", made / "base", {"system": "Be kind.", "template_kwargs": {"mood": "calm"}})
     template = tmp_path / "template.jinja"

@@ -39,6 +39,8 @@ class ModelConfig(Group):
     """Where a bare id is looked for; auto tries what this machine can reach."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the frozen weights; auto is bfloat16 where the GPU has it, float32 on a CPU."""
+    quantization: Literal["none", "fp8", "nf4"] = "none"
+    """Frozen linear layers in fewer bits. fp8: half the memory, 8-bit products (Ada, Hopper; engine decoder). nf4: QLoRA."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     device_map: str | dict[str, int | str] | None = None
@@ -200,6 +202,19 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
         yield f"eval.eval_size is {run.eval.eval_size}: give a share below 1 or a whole number of rows"
     if run.model.device_map is not None and run.model.device != "auto":
         yield "model.device and model.device_map are both set: keep one"
+    yield from _unquantisable(run.model)
+
+
+def _unquantisable(model: ModelConfig) -> Iterator[str]:
+    """What model.quantization cannot hold together with; what the machine lacks for it is found when it loads."""
+    others = ("device_map", "attn_implementation", "trust_remote_code")
+    if model.quantization == "fp8":
+        if model.engine == "generic":
+            yield "model.quantization fp8 needs the decoder: set model.engine: auto or decoder, or model.quantization: nf4"
+        if model.dtype == "float16":
+            yield "model.quantization fp8 computes in bfloat16: set model.dtype: auto or bfloat16"
+        for name in (name for name in others if getattr(model, name)):
+            yield f"model.quantization fp8 needs the decoder, which model.{name} excludes: keep one"
 
 
 def load_config(path: str | Path | None = None, flags: Sequence[str] = (), **groups: Any) -> RunConfig:

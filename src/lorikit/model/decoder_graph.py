@@ -47,17 +47,20 @@ class Bucket:
 
 def bucket_of(at: Layout) -> Bucket:
     """The smallest bucket that holds the batch and a dummy token at the end."""
-    num_tokens, count = len(at.tokens), len(at.starts)
+    return bucket_for(len(at.tokens), len(at.labelled), len(at.starts), int(at.lengths.max()), at.prefix)
+
+
+def bucket_for(num_tokens: int, num_labels: int, num_sequences: int, longest: int, prefix: int = 0) -> Bucket:
+    """The smallest bucket for tokens, labels and sequences of these numbers."""
     tokens = _round_up(num_tokens + 1, _TOKENS)
-    sequences = _round_up(count + 2, _SEQUENCES)  # with the shared one and the dummy
-    dummy = tokens - num_tokens + (sequences - count) * at.prefix
-    longest = max(_LONGEST, int(at.lengths.max()), dummy)
+    sequences = _round_up(num_sequences + 2, _SEQUENCES)  # with the shared one and the dummy
+    dummy = tokens - num_tokens + (sequences - num_sequences) * prefix
     return Bucket(
         tokens=tokens,
-        labels=_round_up(len(at.labelled), tokens // _SHARES),
+        labels=_round_up(num_labels, tokens // _SHARES),
         sequences=sequences,
-        longest=1 << (longest - 1).bit_length(),
-        prefix=at.prefix,
+        longest=1 << (max(_LONGEST, longest, dummy) - 1).bit_length(),
+        prefix=prefix,
     )
 
 

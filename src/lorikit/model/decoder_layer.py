@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from lorikit.model.decoder_adapter import NO_LORAS, LayerLoras, Lora
 from lorikit.model.decoder_config import DecoderShape
 from lorikit.model.decoder_memory import Keep
 from lorikit.model.decoder_offload import HostCopies
 from lorikit.model.decoder_weights import LayerWeights
+from lorikit.model.frozen import Frozen
 from lorikit.model.kernels.lora_a import lora_a, lora_a_backward
 from lorikit.model.kernels.lora_b import add_lora_b, lora_b_backward
 from lorikit.model.kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_backward
@@ -263,11 +263,11 @@ def _attention_backward(
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, step: Step, z: Tensor | None = None
+    x: Tensor, weight: Frozen, bias: Tensor | None, lora: Lora | None, step: Step, z: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """x W^T + bias + the adapters -> y, and the adapters' inner products z (rows, M R) before their scale, if they are
     not known yet."""
-    y = linear(x, weight, bias)
+    y = weight.forward(x, bias)
     if lora is None:
         return y, None
     if z is None:
@@ -278,10 +278,10 @@ def _product(
 
 
 def _product_backward(
-    grad: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, lora: Lora | None, step: Step, *, needs_x: bool
+    grad: Tensor, x: Tensor, z: Tensor | None, weight: Frozen, lora: Lora | None, step: Step, *, needs_x: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """grad of y -> the gradient of x, if needed, and float32 gradients of A and B, module by module."""
-    grad_x = grad @ weight if needs_x else None
+    grad_x = weight.input_gradient(grad) if needs_x else None
     if lora is None or z is None:
         return grad_x, []
     grad_z, grad_b = lora_b_backward(grad.to(z.dtype), z, lora.b, lora.starts, lora.scale)

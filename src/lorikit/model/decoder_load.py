@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class Plan:
     values: Mapping[str, Any] | None
     modules: tuple[str, ...]
     trainable: bool
+    quantization: str = "none"
 
 
 def plan(
@@ -40,14 +41,18 @@ def plan(
     an adapter folder that cannot be read."""
     reason = _settings_reason(config, new, device)
     shape = reason or _shape(base.path)
+    if isinstance(shape, DecoderShape) and config.quantization == "fp8" and device.type == "cuda":
+        shape = _fp8_reason(shape) or shape
     if isinstance(shape, str):
         return shape
+    quantization = config.quantization
     if adapter is not None:
-        return _with_adapter(Plan(base, shape, adapter, lora.read_config(adapter), (), new is not None))
+        values = lora.read_config(adapter)
+        return _with_adapter(Plan(base, shape, adapter, values, (), new is not None, quantization))
     if new is None:
-        return Plan(base, shape, None, None, (), False)
+        return Plan(base, shape, None, None, (), False, quantization)
     targets = lora.choose_targets(shape.linear_names(), new.target_modules)
-    return Plan(base, shape, None, _new_values(new, targets), _modules(shape, targets), True)
+    return Plan(base, shape, None, _new_values(new, targets), _modules(shape, targets), True, quantization)
 
 
 def load(
@@ -69,11 +74,13 @@ def load(
 
     base = plan.base
     try:
-        weights = load_weights(base.path, plan.shape, dtype, device)
+        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization)
     except torch.OutOfMemoryError as error:
+        what = str(dtype).removeprefix("torch.") if plan.quantization == "none" else plan.quantization
+        smaller = {"none": "model.quantization: nf4, or model.device_map: auto", "fp8": "model.quantization: nf4"}
+        todo = f"set {smaller[plan.quantization]}, or " if plan.quantization in smaller else ""
         raise OutOfMemoryError(
-            f"{base.name} in {str(dtype).removeprefix('torch.')} does not fit {device}: {str(error).splitlines()[0]}; "
-            "set model.device_map: auto, or take a smaller model"
+            f"{base.name} in {what} does not fit {device}: {str(error).splitlines()[0]}; {todo}take a smaller model"
         ) from None
     if plan.values is None:
         return DecoderEngine(plan.shape, weights)
@@ -101,6 +108,15 @@ def _settings_reason(config: ModelConfig, new: LoraSettings | None, device: torc
     if new is not None and new.init_lora_weights is not True:
         return f"lora.init_lora_weights is {new.init_lora_weights}"
     return None
+
+
+def _fp8_reason(shape: DecoderShape) -> str | None:
+    from lorikit.model.kernels.fp8 import MULTIPLE
+
+    widths = {"hidden_size": shape.hidden, "intermediate_size": shape.ffn}
+    widths |= {"heads x head_dim": shape.q_width, "key/value heads x head_dim": shape.kv_width}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % MULTIPLE]
+    return f"fp8 needs multiples of {MULTIPLE}, and it has {', '.join(odd)}" if odd else None
 
 
 def _shape(folder: Path) -> DecoderShape | str:
@@ -134,7 +150,7 @@ def _with_adapter(plan: Plan) -> Plan | str:
     modules = _modules(plan.shape, targets)
     if other or unknown or not modules:
         return f"its adapter changes {', '.join(other + unknown) or 'no linear layer'}"
-    return Plan(plan.base, plan.shape, plan.adapter, plan.values, modules, plan.trainable)
+    return replace(plan, modules=modules)
 
 
 def _modules(shape: DecoderShape, targets: str | list[str]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Safetensors -> the decoder's frozen weights, fused: q, k, v as the rows of one matrix, gate and up as those of another.
 
 Each tensor is copied once, from the page cache straight into its rows on the device and in the type asked for, by a few
-threads, so that neither a second copy of the weights nor a slow single reader is ever needed.
+threads, so that neither a second copy of the weights nor a slow single reader is ever needed. Quantised weights
+(model/frozen.py) take one tensor a thread more, for as long as it takes to quantise it.
 
     qkv (H E + 2 K E, D)    o (D, H E)    gate_up (2 F, D)    down (D, F)    embed and head (V, D)
 """
@@ -9,6 +10,7 @@ threads, so that neither a second copy of the weights nor a slow single reader i
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +22,11 @@ from torch import Tensor
 
 from lorikit.errors import ModelError
 from lorikit.model.decoder_config import DecoderShape
+from lorikit.model.frozen import Frozen, Place, allocator
 from lorikit.model_files import INDEX
 
-# A reader's share. Smaller ones would open the file more often, larger ones leave threads without work at the end.
-_SHARE_BYTES = 1 << 28
+# A reader's share in elements. Smaller ones would open the file more often, larger ones leave threads without work at the end.
+_SHARE = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +34,16 @@ class LayerWeights:
     """The frozen tensors of one decoder layer; None for those that its family has not."""
 
     norm: Tensor
-    qkv: Tensor
+    qkv: Frozen
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor
+    o: Frozen
     o_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
+    gate_up: Frozen
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: Frozen
     down_bias: Tensor | None
 
 
@@ -72,17 +75,22 @@ def unusable(folder: Path, shape: DecoderShape) -> str | None:
     return None
 
 
-def load_weights(folder: Path, shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> Weights:
-    """The weights in `folder`, for which `unusable` gave None. ModelError when a file turns out to be damaged."""
+def load_weights(
+    folder: Path, shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> Weights:
+    """The weights in `folder`, for which `unusable` gave None; the linear layers but the head quantised as asked for.
+
+    ModelError when a file turns out to be damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
-    weights = _allocate(shape, dtype, device)
+    weights = _allocate(shape, dtype, device, quantization)
     places = _places(weights, shape)
 
     def read(path: Path, names: list[str]) -> None:
         with safe_open(path, framework="pt") as file:
             for name in names:
-                places[name].copy_(file.get_tensor(name))
+                places[name].put(file.get_tensor(name))
 
     shares = [(path, names) for path in _files(folder) for names in _shares(path, places)]
     try:
@@ -113,22 +121,24 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{path.name}: {error}") from None
 
 
-def _shares(path: Path, places: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """The wanted tensors of a file in groups of about `_SHARE_BYTES`."""
+def _shares(path: Path, places: Mapping[str, Place]) -> Iterator[list[str]]:
+    """The wanted tensors of a file in groups of about `_SHARE` elements."""
     names: list[str] = []
     size = 0
     for name in _header(path):
         if name in places:
             names.append(name)
-            size += places[name].numel() * places[name].element_size()
-        if size >= _SHARE_BYTES:
+            size += math.prod(places[name].shape)
+        if size >= _SHARE:
             yield names
             names, size = [], 0
     if names:
         yield names
 
 
-def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> Weights:
+def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none") -> Weights:
+    frozen = allocator(quantization, dtype, device)
+
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
@@ -136,20 +146,20 @@ def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> 
         return empty(size) if wanted else None
 
     hidden, ffn, head_dim = shape.hidden, shape.ffn, shape.head_dim
-    rows = shape.q_width + 2 * shape.kv_width
+    qkv = [shape.q_width, shape.kv_width, shape.kv_width]
     layers = [
         LayerWeights(
             norm=empty(hidden),
-            qkv=empty(rows, hidden),
-            qkv_bias=optional(rows, shape.qkv_bias),
+            qkv=frozen(qkv, hidden),
+            qkv_bias=optional(sum(qkv), shape.qkv_bias),
             q_norm=optional(head_dim, shape.qk_norm),
             k_norm=optional(head_dim, shape.qk_norm),
-            o=empty(hidden, shape.q_width),
+            o=frozen([hidden], shape.q_width),
             o_bias=optional(hidden, shape.o_bias),
             mlp_norm=empty(hidden),
-            gate_up=empty(2 * ffn, hidden),
+            gate_up=frozen([ffn, ffn], hidden),
             gate_up_bias=optional(2 * ffn, shape.mlp_bias),
-            down=empty(hidden, ffn),
+            down=frozen([hidden], ffn),
             down_bias=optional(hidden, shape.mlp_bias),
         )
         for _ in range(shape.layers)
@@ -161,36 +171,33 @@ def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device) -> 
 def _shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     """What the files must hold, by name."""
     on_meta = _allocate(shape, torch.float32, torch.device("meta"))
-    return {name: tuple(tensor.shape) for name, tensor in _places(on_meta, shape).items()}
+    return {name: place.shape for name, place in _places(on_meta, shape).items()}
 
 
-def _places(weights: Weights, shape: DecoderShape) -> dict[str, Tensor]:
+def _places(weights: Weights, shape: DecoderShape) -> dict[str, Place]:
     """Where each tensor of the files belongs: rows of the fused ones, under the names of transformers."""
-    places = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.norm}
+    places = {"model.embed_tokens.weight": Place.of(weights.embed), "model.norm.weight": Place.of(weights.norm)}
     if not shape.tied:
-        places["lm_head.weight"] = weights.head
-    kv = [shape.q_width, shape.kv_width, shape.kv_width]
+        places["lm_head.weight"] = Place.of(weights.head)
+    qkv = [shape.q_width, shape.kv_width, shape.kv_width]
     for number, layer in enumerate(weights.layers):
-        fused: Iterable[tuple[str, tuple[str, ...], Tensor | None, list[int]]] = (
-            ("self_attn", ("q_proj.weight", "k_proj.weight", "v_proj.weight"), layer.qkv, kv),
-            ("self_attn", ("q_proj.bias", "k_proj.bias", "v_proj.bias"), layer.qkv_bias, kv),
-            ("mlp", ("gate_proj.weight", "up_proj.weight"), layer.gate_up, [shape.ffn] * 2),
-            ("mlp", ("gate_proj.bias", "up_proj.bias"), layer.gate_up_bias, [shape.ffn] * 2),
+        biases: Iterable[tuple[tuple[str, ...], Tensor | None, list[int]]] = (
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.qkv_bias, qkv),
+            (("self_attn.o_proj",), layer.o_bias, [shape.hidden]),
+            (("mlp.gate_proj", "mlp.up_proj"), layer.gate_up_bias, [shape.ffn] * 2),
+            (("mlp.down_proj",), layer.down_bias, [shape.hidden]),
         )
         prefix = f"model.layers.{number}"
-        for block, names, tensor, rows in fused:
-            if tensor is not None:
-                parts = torch.split(tensor, rows)
-                places |= {f"{prefix}.{block}.{name}": part for name, part in zip(names, parts, strict=True)}
-        single = {
-            "input_layernorm.weight": layer.norm,
-            "post_attention_layernorm.weight": layer.mlp_norm,
-            "self_attn.q_norm.weight": layer.q_norm,
-            "self_attn.k_norm.weight": layer.k_norm,
-            "self_attn.o_proj.weight": layer.o,
-            "self_attn.o_proj.bias": layer.o_bias,
-            "mlp.down_proj.weight": layer.down,
-            "mlp.down_proj.bias": layer.down_bias,
+        for (names, bias, rows), weight in zip(biases, (layer.qkv, layer.o, layer.gate_up, layer.down), strict=True):
+            places |= {f"{prefix}.{n}.weight": place for n, place in zip(names, weight.places(), strict=True)}
+            if bias is not None:
+                parts = torch.split(bias, rows)
+                places |= {f"{prefix}.{n}.bias": Place.of(part) for n, part in zip(names, parts, strict=True)}
+        norms = {
+            "input_layernorm": layer.norm,
+            "post_attention_layernorm": layer.mlp_norm,
+            "self_attn.q_norm": layer.q_norm,
+            "self_attn.k_norm": layer.k_norm,
         }
-        places |= {f"{prefix}.{name}": tensor for name, tensor in single.items() if tensor is not None}
+        places |= {f"{prefix}.{name}.weight": Place.of(t) for name, t in norms.items() if t is not None}
     return places

@@ -62,10 +62,14 @@ def load_engine(
         adapter = Path(new_adapter.init_adapter)
         _check_same_settings(new_adapter, adapter, base)
     choice = ""
+    device = pick_device(config.device)
+    if config.quantization != "none":
+        from lorikit.model import frozen
+
+        frozen.check(config.quantization, pick_dtype(config.dtype, device), device)
     if config.engine != "generic":
         from lorikit.model import decoder_load
 
-        device = pick_device(config.device)
         plan = decoder_load.plan(config, base, adapter, new_adapter, device)
         if not isinstance(plan, str):
             return decoder_load.load(
@@ -79,6 +83,8 @@ def load_engine(
         if config.engine == "decoder":
             raise ModelError(f"{base.name}: the decoder cannot take it, {plan}; set model.engine: auto or generic")
         choice = plan
+    if config.quantization != "none":
+        frozen.check_generic(config.quantization, device, choice or "model.engine is generic")
     return _load_generic(config, base, adapter, new_adapter, seed, gradient_checkpointing, choice)
 
 
@@ -91,8 +97,10 @@ def _load_generic(
     gradient_checkpointing: bool,
     choice: str,
 ) -> Engine:
+    from lorikit.model.frozen import quiet_bitsandbytes
     from lorikit.model.generic import GenericEngine
 
+    quiet_bitsandbytes()
     model = load_base(config, base)
     trainable = new_adapter is not None
     wrapped: Any = model
@@ -119,11 +127,14 @@ def enable_checkpoints(model: PreTrainedModel) -> None:
 def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:
     """The frozen base model in its type on its device."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
@@ -132,6 +143,7 @@ def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:
             dtype=dtype,
             device_map=config.device_map or {"": str(device)},
             attn_implementation=config.attn_implementation,
+            quantization_config=nf4 if config.quantization == "nf4" else None,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
             use_safetensors=True,

@@ -14,8 +14,9 @@ def model_card(config: RunConfig, base_name: str, state: State, num_rows: int) -
     names = [config.data.train] if isinstance(config.data.train, str) else config.data.train
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     rows_per_step = steps.per_device_train_batch_size * steps.gradient_accumulation_steps
+    bits = config.model.quantization
     facts = {
-        "Base": base_name,
+        "Base": base_name + (f", its linear layers in {bits} while training" if bits != "none" else ""),
         "Data": f"{', '.join(map(public_name, names))}, {num_rows} rows; {state.labelled_tokens:,} labelled tokens seen",
         "Adapter": f"LoRA, r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
         "Steps": f"{state.step} of {rows_per_step} rows each",

@@ -130,5 +130,7 @@ def _summarise(training: Training, rows: DataReport) -> None:
     )
     trainable = sum(parameter.numel() for parameter in engine.parameters())
     why = f" (not the decoder: {engine.choice})" if engine.choice else ""
-    say(f"{training.base_name} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters")
+    bits = training.config.model.quantization
+    base = training.base_name + (f", linear layers in {bits}," if bits != "none" else "")
+    say(f"{base} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters")
     say(f"{plan.num_steps} steps of {plan.rows_per_step} rows, {plan.steps_per_epoch} an epoch")

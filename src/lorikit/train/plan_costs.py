@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lorikit.config import ModelConfig, RunConfig
-from lorikit.data.values import Batch
 from lorikit.errors import ConfigError, ModelError
 from lorikit.model import decoder_load
 from lorikit.model.decoder import GRAPH_TOKENS
 from lorikit.model.decoder_config import LINEAR
-from lorikit.model.decoder_graph import bucket_of
+from lorikit.model.decoder_graph import bucket_for
 from lorikit.model.decoder_memory import Keep, choose
 from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU
 from lorikit.model.load import pick_device, pick_dtype
@@ -207,8 +206,7 @@ def _bucketed(levels: Levels | None, rows: Sequence[Row]) -> Forward:
     tokens, labels = sum(row.tokens for row in rows), sum(row.labels for row in rows)
     if tokens > GRAPH_TOKENS or not labels or (levels and levels(tokens)[0] == Keep.HOST):
         return cut_forward_of(rows)
-    ids, ends = torch.empty(tokens, device="meta"), torch.empty(len(rows) + 1, device="meta")
-    bucket = bucket_of(Batch(ids, ids, ids, ends, max(row.tokens for row in rows), labels))
+    bucket = bucket_for(tokens, labels, len(rows), max(row.tokens for row in rows))
     empty = (0,) * (bucket.sequences - len(rows) - 1)
     lengths = (*(row.tokens for row in rows), bucket.tokens - tokens, *empty)
     return Forward(lengths, lengths, bucket.labels, bucket=True)

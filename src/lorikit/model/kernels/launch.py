@@ -37,9 +37,9 @@ _INTERPRETED: Any = tl.constexpr(INTERPRETED) if _FOUND else None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def runs_kernel(*tensors: Tensor) -> bool:
-    """Whether the Triton kernels take these tensors: all on a GPU (or interpreted), floating point, none empty."""
-    return _FOUND and all((t.is_cuda or INTERPRETED) and t.dtype in _DTYPES and t.numel() > 0 for t in tensors)
+def runs_kernel(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = _DTYPES) -> bool:
+    """Whether the Triton kernels take these tensors: all on a GPU (or interpreted), of `dtypes`, none empty."""
+    return _FOUND and all((t.is_cuda or INTERPRETED) and t.dtype in dtypes and t.numel() > 0 for t in tensors)
 
 
 def kernel(*varying: str) -> Callable[[Callable[..., Any]], Any]:
