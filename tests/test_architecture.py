@@ -30,6 +30,7 @@ LAYERS = [
         "lorikit.data.encode",
         "lorikit.data.formats",
         "lorikit.data.lines",
+        "lorikit.data.near",
         "lorikit.data.pack",
         "lorikit.data.probe",
         "lorikit.data.read",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from lorikit.config import DataConfig, EvalConfig, RunConfig
 from lorikit.data.account import KINDS, DataFile, DataReport, Kind, SameAs, count_tokens, measure, num_labelled
 from lorikit.data.read import Rows, data_files, read_rows
-from lorikit.data.split import prompt_key, split
+from lorikit.data.split import group_keys, prompt_key, split
 from lorikit.data.values import Conversation, Example, Message, Reject
 from lorikit.errors import ConfigError, DataError
 
@@ -222,14 +222,14 @@ def _judge(conversation: Conversation, config: DataConfig, encoder: Encoder, sid
 def _split(rows: list[_Row], eval_size: float, refusals: list[str], notes: list[str]) -> tuple[list[_Row], list[_Row]]:
     """Rows trained and held out. Where the data is refused anyway, an impossible eval_size is one more reason."""
     try:
-        is_held_out = split([prompt_key(row.conversation) for row in rows], eval_size)
+        is_held_out = split(group_keys([row.conversation for row in rows]), eval_size)
     except ConfigError as error:
         if not refusals:
             raise
         refusals.append(str(error))
         return rows, []
     if eval_size and rows and not any(is_held_out):
-        notes.append("nothing is held out, because all rows have the same prompt")
+        notes.append("nothing is held out, because all rows ask the same, or nearly the same")
     pairs = list(zip(rows, is_held_out, strict=True))
     return [row for row, out in pairs if not out], [row for row, out in pairs if out]
 
