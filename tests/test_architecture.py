@@ -26,12 +26,17 @@ LAYERS = [
         "lorikit.data",
         "lorikit.data.account",
         "lorikit.data.audit",
+        "lorikit.data.characters",
         "lorikit.data.documents",
         "lorikit.data.encode",
+        "lorikit.data.findings",
+        "lorikit.data.fix",
+        "lorikit.data.fix",
         "lorikit.data.formats",
         "lorikit.data.lines",
         "lorikit.data.near",
         "lorikit.data.pack",
+        "lorikit.data.privacy",
         "lorikit.data.probe",
         "lorikit.data.read",
         "lorikit.data.rows",
@@ -40,6 +45,7 @@ LAYERS = [
         "lorikit.data.tokens",
         "lorikit.data.values",
         "lorikit.data.view",
+        "lorikit.data.writing",
     ],
     [
         "lorikit.model",
@@ -91,7 +97,7 @@ LAYERS = [
         "lorikit.train.storage",
         "lorikit.train.training",
     ],
-    ["lorikit.__main__", "lorikit.cli", "lorikit.doctor"],
+    ["lorikit.__main__", "lorikit.cli", "lorikit.cli_data", "lorikit.doctor"],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 HEAVY = ["torch", "transformers", "peft", "numpy", "pyarrow", "modelscope", "huggingface_hub", "tokenizers"]

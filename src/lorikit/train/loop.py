@@ -91,6 +91,10 @@ def _summary(training: Training, rows: DataReport) -> Iterator[str]:
         f"{rows.num_rows} rows read: {rows.num_trained} to train, {len(rows.held_out)} held out, {rows.num_dropped} dropped, "
         f"{len(rows.duplicates)} duplicates removed (data_report.json names them)"
     )
+    told = [one for one in rows.findings if one.severity != "note"]
+    yield from (f"{one.severity}: {one.headline}, first {one.places[0]}" for one in told)
+    if told:
+        yield "`lorikit check` shows more of these rows and what to do, data_report.json has them all"
     trainable = sum(parameter.numel() for parameter in engine.parameters())
     why = f" (not the decoder: {engine.choice})" if engine.choice else ""
     yield f"{training.base_name} on {engine.device}, engine {engine.name}{why}, {trainable:,} trainable parameters"
