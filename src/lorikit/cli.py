@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from lorikit import __version__
-from lorikit.cli_data import Flags, Json, check, print_json
+from lorikit.cli_data import Flags, Json, build, check, print_json
 from lorikit.errors import ConfigError, DiskError, LorikitError, ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def download(
         print(found.path)
 
 
+app.command(build)
 app.command(check)
 
 

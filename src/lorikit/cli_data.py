@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +16,52 @@ from lorikit.errors import ConfigError
 if TYPE_CHECKING:
     from lorikit.config import DataConfig
     from lorikit.data.account import DataReport
+    from lorikit.data.records import Reading
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON document on stdout.")]
 Force = Annotated[bool, Parameter(negative="", help="Replace files that exist.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Columns:
+    """How records are read, for build.
+
+    Parameters
+    ----------
+    speaker_column
+        Which column says who speaks, where that is not recognised.
+    text_column
+        Which column says what was said.
+    time_column
+        Which column says when.
+    question_column
+        Which column holds the question.
+    answer_column
+        Which column holds the answer.
+    gap
+        Minutes of silence that end a conversation.
+    sheet
+        The sheet of an .xlsx file; the first one by default.
+    """
+
+    speaker_column: str | None = None
+    text_column: str | None = None
+    time_column: str | None = None
+    question_column: str | None = None
+    answer_column: str | None = None
+    gap: float = 360
+    sheet: str | None = None
+
+    def reading(self) -> Reading:
+        """The same as the reader of records takes it."""
+        from lorikit.data.records import Reading
+
+        names = {
+            name.removesuffix("_column"): value for name, value in asdict(self).items() if name.endswith("_column")
+        }
+        return Reading({name: value for name, value in names.items() if value is not None}, self.gap, self.sheet)
 
 
 def check(
@@ -99,6 +142,85 @@ def _fix(paths: Sequence[Path], config: DataConfig, report: DataReport, out: Pat
         f"which and why: {_changes(out)}"
     )
     return numbers | {"file": str(out), "changes": str(_changes(out))}
+
+
+def build(
+    files: Annotated[list[Path], Parameter(negative="")],
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    role: Annotated[list[str] | None, Parameter(negative="")] = None,
+    context: int = 0,
+    list_roles: Annotated[bool, Parameter(negative="")] = False,
+    kind: str = "auto",
+    config: Path | None = None,
+    model: str = "smollm2-135m-instruct",
+    columns: Columns | None = None,
+    show: int = 3,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Instruction rows from scripts, chat exports, tables of questions and FAQs; every line of them is accounted for.
+
+    Without -o the result is only shown.
+
+    Parameters
+    ----------
+    files
+        Text (NAME: line), Markdown, JSON, JSON Lines, CSV, TSV or .xlsx.
+    output
+        Write the rows here (.json, .jsonl, .csv, .tsv).
+    role
+        Whose lines are the answers, in scripts and chats; more than once for one person of several names.
+    context
+        How many turns before the question are kept as history.
+    list_roles
+        Only say who speaks how often.
+    kind
+        script, chat, table or faq, where that is not recognised.
+    config
+        Also write the settings of a run on these rows, ready for lorikit train.
+    model
+        The model of that run.
+    show
+        How many rows to show.
+    """
+    from rich.console import Console
+
+    from lorikit.data.build import build as build_rows
+    from lorikit.data.build import read_materials, run_yaml, speakers
+    from lorikit.data.build_view import render_built, render_speakers
+    from lorikit.data.fix import check_suffix, rows_as_file
+
+    if config and not output:
+        raise ConfigError("--config needs -o rows.json: a run is trained on the rows of a file")
+    if context < 0:
+        raise ConfigError(f"--context is {context}: a number of turns, 0 or more")
+    if output:
+        check_suffix(output)
+        check_outputs([path for path in (output, config) if path], force, inputs=files)
+    materials = read_materials(files, (columns or Columns()).reading(), kind)
+    if list_roles:
+        who = speakers(materials)
+        if as_json:
+            print_json([asdict(one) for one in who])
+        elif who:
+            render_speakers(who, Console())
+        else:
+            say("nobody speaks in these files: they hold questions with answers")
+        return
+    built = build_rows(materials, role or (), context)
+    if as_json:
+        print_json(built.to_dict() | {"output": output and str(output), "config": config and str(config)})
+    else:
+        render_built(built, Console(), show)
+    if output:
+        outputs = [(output, rows_as_file(built.rows, output))]
+        outputs += [(config, run_yaml(output, model))] if config else []
+        write_outputs(outputs)
+        say(f"{output}: {len(built.rows):,} rows" + (f"; lorikit train {config}" if config else ""))
+    elif not as_json:
+        say("nothing is written; add -o rows.json")
 
 
 def check_outputs(paths: Sequence[Path], force: bool, inputs: Sequence[Path]) -> None:
