@@ -16,6 +16,8 @@ from lorikit.errors import ConfigError
 if TYPE_CHECKING:
     from lorikit.config import DataConfig
     from lorikit.data.account import DataReport
+    from lorikit.data.build import Built
+    from lorikit.data.material import Material
     from lorikit.data.records import Reading
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
@@ -185,42 +187,69 @@ def build(
     show
         How many rows to show.
     """
-    from rich.console import Console
-
     from lorikit.data.build import build as build_rows
-    from lorikit.data.build import read_materials, run_yaml, speakers
-    from lorikit.data.build_view import render_built, render_speakers
-    from lorikit.data.fix import check_suffix, rows_as_file
+    from lorikit.data.build import read_materials
 
-    if config and not output:
-        raise ConfigError("--config needs -o rows.json: a run is trained on the rows of a file")
     if context < 0:
         raise ConfigError(f"--context is {context}: a number of turns, 0 or more")
-    if output:
-        check_suffix(output)
-        check_outputs([path for path in (output, config) if path], force, inputs=files)
+    _check_places(output, config, force, files)
     materials = read_materials(files, (columns or Columns()).reading(), kind)
     if list_roles:
-        who = speakers(materials)
-        if as_json:
-            print_json([asdict(one) for one in who])
-        elif who:
-            render_speakers(who, Console())
-        else:
-            say("nobody speaks in these files: they hold questions with answers")
+        _list_speakers(materials, as_json)
         return
     built = build_rows(materials, role or (), context)
     if as_json:
         print_json(built.to_dict() | {"output": output and str(output), "config": config and str(config)})
     else:
-        render_built(built, Console(), show)
+        _show(built, show)
     if output:
-        outputs = [(output, rows_as_file(built.rows, output))]
-        outputs += [(config, run_yaml(output, model))] if config else []
-        write_outputs(outputs)
-        say(f"{output}: {len(built.rows):,} rows" + (f"; lorikit train {config}" if config else ""))
+        _write_built(built, output, config, model)
     elif not as_json:
         say("nothing is written; add -o rows.json")
+
+
+def _check_places(output: Path | None, config: Path | None, force: bool, inputs: Sequence[Path]) -> None:
+    from lorikit.data.fix import check_suffix
+
+    if config and not output:
+        raise ConfigError("--config needs -o rows.json: a run is trained on the rows of a file")
+    if output and output == config:
+        raise ConfigError(f"-o and --config are both {output}: rows and settings are two files")
+    if output:
+        check_suffix(output)
+        check_outputs([path for path in (output, config) if path], force, inputs)
+
+
+def _list_speakers(materials: Sequence[Material], as_json: bool) -> None:
+    from rich.console import Console
+
+    from lorikit.data.build import speakers
+    from lorikit.data.build_view import render_speakers
+
+    who = speakers(materials)
+    if as_json:
+        print_json([asdict(one) for one in who])
+    elif who:
+        render_speakers(who, Console())
+    else:
+        say("nobody speaks in these files: they hold questions with answers")
+
+
+def _show(built: Built, show: int) -> None:
+    from rich.console import Console
+
+    from lorikit.data.build_view import render_built
+
+    render_built(built, Console(), show)
+
+
+def _write_built(built: Built, output: Path, config: Path | None, model: str) -> None:
+    from lorikit.data.build import run_yaml
+    from lorikit.data.fix import rows_as_file
+
+    outputs = [(output, rows_as_file(built.rows, output))]
+    write_outputs(outputs + ([(config, run_yaml(output, model))] if config else []))
+    say(f"{output}: {len(built.rows):,} rows" + (f"; next: lorikit train {config}" if config else ""))
 
 
 def check_outputs(paths: Sequence[Path], force: bool, inputs: Sequence[Path]) -> None:

@@ -57,7 +57,7 @@ def read_records(path: Path, name: str, reading: Reading) -> Material:
     """What the records of a file say. Raises DataError, also where no columns are recognised, and ConfigError."""
     wanted = {alias for names in COLUMNS.values() for alias in names} | set(reading.columns.values())
     excel = path.suffix.lower() in (".xlsx", ".xlsm")
-    raw = list(_excel_rows(path, reading.sheet) if excel else raw_rows(path, wanted))
+    raw = _unwrapped(list(_excel_rows(path, reading.sheet) if excel else raw_rows(path, wanted)))
     names = dict.fromkeys(
         column for row in raw if not row.problem and isinstance(row.value, Mapping) for column in row.value
     )
@@ -76,6 +76,18 @@ def read_records(path: Path, name: str, reading: Reading) -> Material:
     else:
         _table(material, good, columns)
     return material
+
+
+def _unwrapped(raw: list[RawRow]) -> list[RawRow]:
+    """The records inside the one object that some exports are, {"name": ..., "messages": [...]}; else what was given."""
+    if len(raw) != 1 or not isinstance(raw[0].value, Mapping):
+        return raw
+    inside = [
+        value
+        for value in raw[0].value.values()
+        if isinstance(value, list) and any(isinstance(v, Mapping) for v in value)
+    ]
+    return [RawRow(number, value) for number, value in enumerate(inside[0], 1)] if len(inside) == 1 else raw
 
 
 def _columns(path: Path, names: Sequence[str], given: Mapping[str, str]) -> tuple[MaterialKind, dict[str, str]]:

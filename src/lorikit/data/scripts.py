@@ -50,7 +50,7 @@ _ABOUT = {
 }
 _BRACKETS = {"(": ")", "（": "）", "[": "]", "【": "】"}
 _INSIDE = re.compile(
-    r"\([^()]{0,400}\)|（[^（）]{0,400}）|\[[^\[\]]{0,400}\]|【[^【】]{0,400}】|(?<![\w*])\*[^*\n]+\*(?![\w*])"
+    r"\([^()]{0,400}\)|（[^（）]{0,400}）|\[[^\[\]]{0,400}\]|【[^【】]{0,400}】|(?<![0-9A-Za-z*])\*[^*\n]+\*(?![0-9A-Za-z*])"
 )
 _LONGEST_DIRECTION = 20  # lines; a bracket that is open for longer was forgotten
 
@@ -150,7 +150,16 @@ def same_name(name: str) -> str:
 
 def _next_scene(material: Material, scene: Sequence[Said]) -> list[Said]:
     """Put a scene that is complete where it belongs. Only now are directions cut, since one may go over several lines."""
-    done = [Said(said.speaker, without_directions(said.text), said.lines) for said in scene]
+    done: list[Said] = []
+    for said in scene:
+        text = without_directions(said.text)
+        if not text:
+            material.mark(said.lines, "direction")
+        elif done and same_name(done[-1].speaker) == same_name(said.speaker):
+            before = done.pop()
+            done.append(Said(before.speaker, f"{before.text}\n{text}", (*before.lines, *said.lines)))
+        else:
+            done.append(Said(said.speaker, text, said.lines))
     if done:
         material.scenes.append(done)
     return []
