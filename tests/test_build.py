@@ -333,6 +333,27 @@ def test_every_line_of_a_faq_has_one_fate_and_every_pair_two_sides(lines):
     assert len(material.pairs) <= list(material.fates.values()).count("question")
 
 
+def test_people_called_q_and_a_speak_where_a_role_is_named(tmp_path, lorikit):
+    (tmp_path / "x.txt").write_text("Q: Who?\nA: Pip.\nB: No.\nA: Yes.")
+    assert [row["instruction"] for row in json.loads(lorikit("build", tmp_path / "x.txt", "--json")[1])["preview"]] == [
+        "Who?"
+    ]
+    code, out, _ = lorikit("build", tmp_path / "x.txt", "--role", "A", "--json")
+    assert code == 0 and json.loads(out)["preview"][1] == {
+        "instruction": "No.", "input": "", "output": "Yes.", "source": "x.txt:4",
+    }  # fmt: skip
+
+
+def test_a_folder_stands_for_all_that_can_be_read_in_it(lorikit, tmp_path):
+    code, out, _ = lorikit("build", EXAMPLES, "--role", "OLD TAM", "--role", "老周", "--json")
+    files = {file["file"]: file["kind"] for file in json.loads(out)["files"]}
+    assert code == 0 and files == {
+        "bike_repair.md": "faq", "chat.jsonl": "chat", "library.csv": "table", "lighthouse.txt": "script",
+        "teahouse.txt": "script",
+    }  # fmt: skip
+    assert lorikit("build", tmp_path)[0] == 3
+
+
 # Mistakes, and the whole way
 
 

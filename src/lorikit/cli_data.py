@@ -193,7 +193,7 @@ def build(
     if context < 0:
         raise ConfigError(f"--context is {context}: a number of turns, 0 or more")
     _check_places(output, config, force, files)
-    materials = read_materials(files, (columns or Columns()).reading(), kind)
+    materials = read_materials(files, (columns or Columns()).reading(), kind, spoken=list_roles or bool(role))
     if list_roles:
         _list_speakers(materials, as_json)
         return

@@ -20,7 +20,6 @@ import yaml
 from lorikit.data.faq import is_marked, read_faq
 from lorikit.data.material import Material, MaterialKind, Said, read_text
 from lorikit.data.probe import SUFFIXES, suffix_of
-from lorikit.data.read import data_files
 from lorikit.data.records import Reading, read_records
 from lorikit.data.scripts import name_and_text, read_script, same_name
 from lorikit.errors import ConfigError, DataError
@@ -73,16 +72,30 @@ def _described(material: Material) -> dict[str, Any]:
     }
 
 
-def read_materials(paths: Sequence[Path], reading: Reading, kind: str = "auto") -> list[Material]:
-    """The files, each read as what it is, or as `kind` says. Raises DataError and ConfigError."""
+def read_materials(
+    paths: Sequence[Path], reading: Reading, kind: str = "auto", *, spoken: bool = False
+) -> list[Material]:
+    """The files, each read as what it is, or as `kind` says; a folder stands for the files in it that can be read.
+
+    `spoken` says that somebody speaks in them: plain text is then a script even if its speakers are called Q and A.
+    Raises DataError and ConfigError.
+    """
     if kind != "auto" and kind not in KINDS:
         raise ConfigError(f"--kind is {kind!r}: auto, {', '.join(KINDS)}")
-    files = [file for path in paths for file in (data_files(path) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
     names = Counter(file.name for file in files)
-    return [_read(file, file.name if names[file.name] == 1 else str(file), reading, kind) for file in files]
+    return [_read(file, file.name if names[file.name] == 1 else str(file), reading, kind, spoken) for file in files]
 
 
-def _read(path: Path, name: str, reading: Reading, kind: str) -> Material:
+def _inside(folder: Path) -> list[Path]:
+    known = (*SUFFIXES, *_SHEETS, *_MARKDOWN, ".txt")
+    found = [file for file in sorted(folder.iterdir()) if suffix_of(file) in known and file.is_file()]
+    if not found:
+        raise DataError(f"{folder}: no file in it ends with {', '.join(known)}")
+    return found
+
+
+def _read(path: Path, name: str, reading: Reading, kind: str, spoken: bool) -> Material:
     suffix = suffix_of(path)
     records = suffix in SUFFIXES or suffix in _SHEETS
     if records or kind in ("chat", "table"):
@@ -98,7 +111,7 @@ def _read(path: Path, name: str, reading: Reading, kind: str) -> Material:
             )
         return material
     lines = read_text(path)
-    as_faq = kind == "faq" or (kind == "auto" and _looks_like_faq(lines, suffix))
+    as_faq = kind == "faq" or (kind == "auto" and _looks_like_faq(lines, suffix, spoken))
     material = read_faq(lines, name) if as_faq else read_script(lines, name)
     if not material.pairs and not material.scenes:
         form = (
@@ -110,13 +123,12 @@ def _read(path: Path, name: str, reading: Reading, kind: str) -> Material:
     return material
 
 
-def _looks_like_faq(lines: Sequence[str], suffix: str) -> bool:
-    """Markdown, unless people speak in it; other text only where its lines begin with Q: and A:."""
+def _looks_like_faq(lines: Sequence[str], suffix: str, spoken: bool) -> bool:
+    """Markdown, unless two or more people speak in it; other text where lines begin with Q: and with A:."""
+    if suffix not in _MARKDOWN:
+        return not spoken and is_marked(lines)
     names = Counter(same_name(found[0]) for line in lines if (found := name_and_text(line)))
-    marked = is_marked(lines)
-    others = {name: count for name, count in names.items() if not is_marked([f"{name}: x"])}
-    talk = sum(1 for count in others.values() if count > 1) >= 2
-    return not talk and (marked or suffix in _MARKDOWN)
+    return is_marked(lines) or sum(count > 1 for count in names.values()) < 2
 
 
 def speakers(materials: Sequence[Material]) -> list[Speaker]:

@@ -4,8 +4,8 @@
     ## How do I pay?                                     the text below it is the answer
     **How do I pay?**                                    the same, on a line of its own
 
-A text in which lines begin with Q: and A: is read by these alone. Headings without text below are titles. What stands
-between ``` is part of an answer, whatever it looks like.
+A text in which some lines begin with Q: and some with A: is read by these alone. Headings without text below are titles.
+What stands between ``` is part of an answer, whatever it looks like.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _Part = tuple[Literal["question", "answer", "text", "blank", "rule", "title"], s
 def read_faq(lines: Sequence[str], name: str) -> Material:
     """The pairs of a text, with the fate of each of its lines."""
     material = Material(name, "faq", "line")
-    parts = list(_parts(lines, marked=is_marked(lines)))
+    marked = is_marked(lines)
+    parts = list(_parts(lines, marked=marked))
     entry: _Entry | None = None
     for number, (what, text) in enumerate(parts, 1):
         if what in ("question", "title"):
@@ -43,7 +44,7 @@ def read_faq(lines: Sequence[str], name: str) -> Material:
                 entry.question.append((number, text))  # a question of several lines, each with its mark
                 continue
             _close(material, entry)
-            entry = _Entry([(number, text)], marked=what == "question" and is_marked([lines[number - 1]]))
+            entry = _Entry([(number, text)], marked=what == "question")
         elif what == "blank" and not (entry and entry.answer):
             material.fates[number] = "blank"
         elif what == "rule":
@@ -69,8 +70,9 @@ class _Entry:
 
 
 def is_marked(lines: Sequence[str]) -> bool:
-    """Whether lines begin with Q:, A: and their like."""
-    return any(_MARKED.match(line) for line in lines)
+    """Whether some lines begin with Q: or its like, and some with A:."""
+    sides = {match["side"].casefold() in _ASKS for line in lines if (match := _MARKED.match(line))}
+    return len(sides) == 2
 
 
 def _parts(lines: Sequence[str], *, marked: bool) -> Iterator[_Part]:
