@@ -122,6 +122,7 @@ def test_one_person_of_two_names_is_asked_and_answers_as_one(tmp_path):
         ("He thought about it, and said: no", None),
         ("This is a long clause of words: no", None),
         ("no colon", None),
+        ("MI\x1b[1mRA: Hi", None),
     ],
 )
 def test_names_are_told_from_sentences_with_a_colon(line, found):

@@ -3,12 +3,13 @@
 import random
 from collections import defaultdict
 from itertools import combinations
+from math import comb
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorikit.data.near import NEARLY_EQUAL, jaccard, near_groups, numbers, plain
+from lorikit.data.near import BAND, NEARLY_EQUAL, NUM_HASHES, WORTH_A_LOOK, jaccard, near_groups, numbers, plain
 
 WORDS = [
     "the",
@@ -130,3 +131,11 @@ def test_a_template_of_many_texts_is_compared_in_bounded_time_and_without_losing
 def test_lone_surrogates_and_no_texts_at_all_are_taken():
     assert near_groups([]) == [] and near_groups(["half \ud83d", "half \ud83d"]) == [0, 0]
     assert all(len({*near_groups([a, b])}) == 2 for a, b in combinations(["x", "y", "z" * 5000], 2))
+
+
+@pytest.mark.parametrize(("index", "percent"), [(0.8, 87), (0.85, 99), (0.9, 100)])
+def test_the_share_of_pairs_that_are_found_is_as_documented(index, percent):
+    fewest = round(WORTH_A_LOOK * NUM_HASHES)
+    agree = sum(comb(NUM_HASHES, k) * index**k * (1 - index) ** (NUM_HASHES - k) for k in range(fewest, NUM_HASHES + 1))
+    a_band = 1 - (1 - index**BAND) ** (NUM_HASHES // BAND)
+    assert a_band > 0.999 and round(100 * agree) == percent

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorikit.config import DataConfig, EvalConfig, RunConfig
 from lorikit.data.account import KINDS, DataFile, DataReport, Kind, SameAs, count_tokens, measure, num_labelled
-from lorikit.data.findings import find
+from lorikit.data.findings import Kept, find
 from lorikit.data.read import Rows, data_files, read_rows
 from lorikit.data.split import group_keys, prompt_key, split
 from lorikit.data.values import Conversation, Example, Message, Reject
@@ -127,8 +127,9 @@ def audit(
         fingerprint=fingerprint(train_examples, held_out_examples),
     )
     every = [conversation for rows in (data.train, data.eval) if rows for conversation in rows.conversations]
-    groups = {row.source: key for row, key in zip(kept, keys, strict=True)}
-    scripts, findings = find(report, every, groups)
+    outside = {id(row) for row in held_out}
+    used = [Kept(row.conversation, key, id(row) in outside) for row, key in zip(kept, keys, strict=True)]
+    scripts, findings = find(report, every, used)
     return Prepared(train_examples, held_out_examples, replace(report, scripts=scripts, findings=findings))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from lorikit.data.account import KINDS, DataReport, Finding, Kind, Place, SameAs, Severity
 from lorikit.data.characters import suspicious
@@ -30,25 +31,33 @@ _DROPPED: dict[Kind, tuple[Severity, str]] = {
 _QUOTED = 40
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A row that is trained or held out, and the key of its prompt group. Sources need not differ: rows share lines."""
+
+    row: Conversation
+    group: bytes
+    held_out: bool
+
+
 def find(
-    report: DataReport, rows: Sequence[Conversation], groups: Mapping[str, bytes]
+    report: DataReport, rows: Sequence[Conversation], kept: Sequence[Kept]
 ) -> tuple[dict[str, int], list[Finding]]:
     """Kept rows by the writing system of their last answer, and all findings, the worst first.
 
-    `rows` are all that could be read, `groups` the key of the prompt group of each kept row by its source.
+    `rows` are all that could be read, `kept` those of them that are used.
     """
-    kept = [row for row in rows if row.source in groups]
-    scripts = {row.source: script(_answer(row)) for row in kept}
-    counts = Counter(name or "none" for name in scripts.values())
+    scripts = [script(_answer(one.row)) for one in kept]
+    counts = Counter(name or "none" for name in scripts)
     found = [
         *_dropped(report),
         *_of_texts(rows),
-        *_leaks(report, groups),
+        *_leaks(report, kept),
         *_several_answers(rows),
-        *_near_duplicates(kept, groups),
-        *_short(kept),
+        *_near_duplicates(kept),
+        *_short([one.row for one in kept]),
         *_said_before(report),
-        *_languages(kept, scripts, counts),
+        *_languages([one.row for one in kept], scripts, counts),
     ]
     return dict(counts.most_common()), sorted(found, key=lambda one: _ORDER[one.severity])
 
@@ -107,22 +116,21 @@ def _seen(rows: Sequence[Conversation], look: Callable[[str], list[str]]) -> lis
     return places
 
 
-def _leaks(report: DataReport, groups: Mapping[str, bytes]) -> Iterator[Finding]:
+def _leaks(report: DataReport, kept: Sequence[Kept]) -> Iterator[Finding]:
     """Held-out rows whose prompt is trained too. Rows held out of the training files cannot be: groups are kept whole."""
     title = "held-out rows whose prompt is also trained, so that their loss says little"
     advice = "take these rows out of eval.data, or out of the training files"
     exact = [Place((pair.source,), f"asks what {pair.of} asks") for pair in report.leaks]
     yield from _finding("leaks", "warning", title, exact, advice)
-    named = {pair.source for pair in report.leaks}
-    held_out = set(report.held_out)
     trained: dict[bytes, str] = {}
-    for source, key in groups.items():
-        if source not in held_out:
-            trained.setdefault(key, source)
+    prompts = {prompt_key(one.row) for one in kept if not one.held_out}
+    for one in kept:
+        if not one.held_out:
+            trained.setdefault(one.group, one.row.source)
     near = [
-        Place((source,), f"asks nearly what {trained[groups[source]]} asks")
-        for source in report.held_out
-        if source not in named and groups[source] in trained
+        Place((one.row.source,), f"asks nearly what {trained[one.group]} asks")
+        for one in kept
+        if one.held_out and one.group in trained and prompt_key(one.row) not in prompts
     ]
     yield from _finding("near_leaks", "warning", "held-out rows whose prompt is trained in other words", near, advice)
 
@@ -143,12 +151,12 @@ def _several_answers(rows: Sequence[Conversation]) -> Iterator[Finding]:
     yield from _finding("several_answers", "warning", "rows whose prompt has several answers", places, advice)
 
 
-def _near_duplicates(kept: Sequence[Conversation], groups: Mapping[str, bytes]) -> Iterator[Finding]:
+def _near_duplicates(kept: Sequence[Kept]) -> Iterator[Finding]:
     """Rows of one prompt group whose answers are nearly equal."""
-    roots = near_groups([_answer(row) for row in kept], [groups[row.source] for row in kept])
+    roots = near_groups([_answer(one.row) for one in kept], [one.group for one in kept])
     places = [
-        Place((row.source,), f"says nearly what {kept[root].source} says: {_quote(_question(row))}")
-        for number, (row, root) in enumerate(zip(kept, roots, strict=True))
+        Place((one.row.source,), f"says nearly what {kept[root].row.source} says: {_quote(_question(one.row))}")
+        for number, (one, root) in enumerate(zip(kept, roots, strict=True))
         if root != number
     ]
     advice = "keep one of each: copies weigh as much as all the other rows"
@@ -182,7 +190,7 @@ def _equal(pairs: Sequence[SameAs]) -> list[Place]:
 
 
 def _languages(
-    kept: Sequence[Conversation], scripts: Mapping[str, str | None], counts: Mapping[str, int]
+    kept: Sequence[Conversation], scripts: Sequence[str | None], counts: Mapping[str, int]
 ) -> Iterator[Finding]:
     """Answers in another writing system than most."""
     named = {name: count for name, count in counts.items() if name != "none"}
@@ -191,9 +199,9 @@ def _languages(
     main = max(named, key=lambda name: named[name])
     share = 100 * named[main] / sum(named.values())
     places = [
-        Place((row.source,), f"{scripts[row.source]}: {_quote(_answer(row))}")
-        for row in kept
-        if scripts[row.source] not in (None, main)
+        Place((row.source,), f"{name}: {_quote(_answer(row))}")
+        for row, name in zip(kept, scripts, strict=True)
+        if name not in (None, main)
     ]
     title = f"answers in another writing system than most, which are {main} ({share:.0f} %)"
     yield from _finding("languages", "note", title, places, "nothing, if you mean the model to answer in both")

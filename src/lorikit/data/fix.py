@@ -12,16 +12,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lorikit.config import DataConfig
 from lorikit.data.account import DataReport
 from lorikit.data.characters import repair
-from lorikit.data.formats import known_columns
-from lorikit.data.lines import RawRow
+from lorikit.data.formats import converter, known_columns
+from lorikit.data.lines import RowError
+from lorikit.data.privacy import secrets
 from lorikit.data.read import named_files
 from lorikit.data.rows import raw_rows
 from lorikit.errors import ConfigError
@@ -66,40 +67,43 @@ class Fixed:
 
 def fix(paths: Sequence[Path], config: DataConfig, report: DataReport) -> Fixed:
     """The rows of these files as `report`, which is about them, suggests. Raises what `read_rows` raises."""
-    reasons = _removed(report)
+    convert, wanted = converter(config), known_columns(config)
+    refused = {
+        _key(row["messages"]): one.reason for one in report.dropped["refused"] if isinstance(row := one.row, dict)
+    }
     rows: list[Any] = []
     changes: list[Change] = []
     first: dict[str, str] = {}
-    for source, raw in _all_rows(paths, config):
-        if source in reasons:
-            reason, secret = reasons[source]
+    for source, raw in (
+        (f"{name}:{raw.line}", raw) for file, name in named_files(paths) for raw in raw_rows(file, wanted)
+    ):
+        try:
+            if raw.problem:
+                raise raw.problem
+            mended = _mended(raw.value)
+            said = [asdict(message) for message in convert(mended, source).messages]
+            reason = refused.get(_key([asdict(message) for message in convert(raw.value, source).messages]))
+        except RowError as error:
+            changes.append(Change(source, "removed", str(error), _writable(raw.value)))
+            continue
+        secret = "; ".join(
+            dict.fromkeys(found for turn in said for text in turn.values() for found in secrets(text or ""))
+        )
+        reason = secret or reason or (f"equals {first[_key(said)]}" if _key(said) in first else "")
+        if reason:
             changes.append(Change(source, "removed", reason, None if secret else _writable(raw.value)))
             continue
-        mended = _mended(raw.value)
-        text = json.dumps(mended, ensure_ascii=False, sort_keys=True, default=repr)
-        if text in first:
-            changes.append(Change(source, "removed", f"equals {first[text]}", _writable(raw.value)))
-            continue
-        first[text] = source
+        first[_key(said)] = source
         if mended != raw.value:
-            reason = "invisible, misplaced or wrongly decoded characters"
-            changes.append(Change(source, "changed", reason, raw.value, mended))
+            what = "invisible, misplaced or wrongly decoded characters"
+            changes.append(Change(source, "changed", what, _writable(raw.value), _writable(mended)))
         rows.append(mended)
     return Fixed(rows, changes)
 
 
-def _removed(report: DataReport) -> dict[str, tuple[str, bool]]:
-    """Why rows go, by their source, and whether that is because they hold a secret."""
-    reasons = {reject.source: (reject.reason, False) for reject in report.rejects}
-    reasons |= {pair.source: (f"equals {pair.of}", False) for pair in report.duplicates}
-    secret = (place for finding in report.findings if finding.kind == "secrets" for place in finding.places)
-    return reasons | {source: (place.detail, True) for place in secret for source in place.rows}
-
-
-def _all_rows(paths: Sequence[Path], config: DataConfig) -> Iterator[tuple[str, RawRow]]:
-    wanted = known_columns(config)
-    for file, name in named_files(paths):
-        yield from ((f"{name}:{raw.line}", raw) for raw in raw_rows(file, wanted))
+def _key(messages: Any) -> str:
+    """What makes two rows equal: all that their turns say, whatever else stands in their columns."""
+    return json.dumps(messages, ensure_ascii=False)
 
 
 def _mended(value: Any) -> Any:

@@ -21,7 +21,9 @@ from lorikit.data.material import Material, Said
 _NAME = re.compile(
     r"\s*(?:\*\*|__)?(?P<name>[【\[]?\w[^:：\n]{0,60}?)(?:\*\*|__)?\s*[:：](?!//)(?:\*\*|__)?\s*(?P<text>.*)", re.DOTALL
 )
-_NO_NAME = re.compile(r"[,;!?\"“”。，；！？、…]|(?<!\b[A-Z])(?<!\b[A-Z][a-z])(?<!\b[A-Z][a-z]{2})\.")
+_NO_NAME = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069,;!?\"“”。，；！？、…]|(?<!\b[A-Z])(?<!\b[A-Z][a-z])(?<!\b[A-Z][a-z]{2})\."
+)
 _HEADING = re.compile(
     r"\s*(?:#{1,6}\s"
     r"|(?:[-=*_~][ \t]*){3,}$"

@@ -9,6 +9,7 @@ from lorikit.config import RunConfig
 from lorikit.data.account import DataReport
 from lorikit.data.audit import prepare
 from lorikit.data.encode import Encoder
+from lorikit.data.view import visible
 from lorikit.hub import resolve_data, resolve_model
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
 from lorikit.train.metrics import check_trackers
@@ -92,7 +93,7 @@ def _summary(training: Training, rows: DataReport) -> Iterator[str]:
         f"{len(rows.duplicates)} duplicates removed (data_report.json names them)"
     )
     told = [one for one in rows.findings if one.severity != "note"]
-    yield from (f"{one.severity}: {one.headline}, first {one.places[0]}" for one in told)
+    yield from (visible(f"{one.severity}: {one.headline}, first {one.places[0]}") for one in told)
     if told:
         yield "`lorikit check` shows more of these rows and what to do, data_report.json has them all"
     trainable = sum(parameter.numel() for parameter in engine.parameters())
