@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorikit.data.near import BAND, NEARLY_EQUAL, NUM_HASHES, WORTH_A_LOOK, jaccard, near_groups, numbers, plain
+from lorikit.data.near import BAND, NEARLY_EQUAL, NUM_HASHES, WORTH_A_LOOK, grams, jaccard, near_groups, numbers, plain
 
 WORDS = [
     "the",
@@ -102,7 +102,7 @@ def test_the_order_of_the_texts_does_not_matter(texts, rng):
 def test_every_group_hangs_together_over_pairs_that_are_nearly_equal(texts):
     for group in together(texts):
         reached, rest = {plain(group[0])}, {plain(text) for text in group}
-        while found := {t for t in rest - reached if any(jaccard(t, r) >= NEARLY_EQUAL for r in reached)}:
+        while found := {t for t in rest - reached if any(jaccard(grams(t), grams(r)) >= NEARLY_EQUAL for r in reached)}:
             reached |= found
         assert reached == rest
 
@@ -113,7 +113,7 @@ def test_nearly_all_pairs_above_the_bound_are_found_among_many_others():
     vocabulary = ["".join(rng.choices(letters, k=rng.randint(3, 8))) for _ in range(400)]
     base = [" ".join(rng.choices(vocabulary, k=15)) for _ in range(600)]
     changed = [" ".join(w if k != 7 else rng.choice(vocabulary) for k, w in enumerate(t.split())) for t in base]
-    near = {k for k in range(600) if jaccard(plain(base[k]), plain(changed[k])) >= 0.85}
+    near = {k for k in range(600) if jaccard(grams(plain(base[k])), grams(plain(changed[k]))) >= 0.85}
     groups = near_groups(base + changed)
     found = {k for k in near if groups[k] == groups[600 + k]}
     assert len(near) > 100 and len(found) >= 0.95 * len(near)

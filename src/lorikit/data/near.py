@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -80,11 +81,14 @@ def near_groups(texts: Sequence[str], kinds: Sequence[object] | None = None) -> 
             index = over
         return index
 
+    peers = Counter((kind, named) for kind, _, named in first)
+    some = sorted((item for item in first if peers[item[0], item[2]] > 1), key=_order)
+    sets = lru_cache(2**14)(grams)  # for as long as this call: a set of a long text has some ten thousand bytes
     for size in (2, 3):
-        alike = sorted((item for item in first if gram_size(item[1]) == size), key=_order)
+        alike = [item for item in some if gram_size(item[1]) == size]
         for a, b in _candidates(alike):
             left, right = root(first[alike[a]]), root(first[alike[b]])
-            if left != right and jaccard(alike[a][1], alike[b][1]) >= NEARLY_EQUAL:
+            if left != right and jaccard(sets(alike[a][1]), sets(alike[b][1])) >= NEARLY_EQUAL:
                 above[max(left, right)] = min(left, right)
     return [root(first[item]) for item in items]
 
@@ -93,16 +97,15 @@ def _order(item: _Item) -> bytes:
     return blake2b(item[1].encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def jaccard(left: str, right: str) -> float:
-    """The Jaccard index of the grams of two `plain` texts of one gram size."""
-    size = gram_size(left)
-    one, other = _grams(left, size), _grams(right, size)
-    shared = len(one & other)
-    return shared / (len(one) + len(other) - shared)
+def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
+    """The Jaccard index of two sets of grams that are not both empty."""
+    shared = len(left & right)
+    return shared / (len(left) + len(right) - shared)
 
 
-@lru_cache(2**14)  # a set of a long text has some ten thousand bytes
-def _grams(text: str, size: int) -> frozenset[str]:
+def grams(text: str) -> frozenset[str]:
+    """The character n-grams of a `plain` text; the text itself where it is shorter than one."""
+    size = gram_size(text)
     return frozenset(text[i : i + size] for i in range(max(1, len(text) - size + 1)))
 
 
