@@ -27,7 +27,7 @@ WORTH_A_LOOK = 0.75  # share of equal minima, an estimate of J with a standard d
 _LARGE_BUCKET = 24
 _NEIGHBOURS = 4
 _BATCH = 2**14  # pairs compared at a time
-_CHUNK = 2**21  # grams hashed at a time: a few tens of MiB
+_CHUNK = 2**19  # characters hashed at a time: some 20 MiB
 _FACTORS = np.random.default_rng(1997).integers(1, 2**32, NUM_HASHES, dtype=np.uint32) | np.uint32(1)
 
 _Ints: TypeAlias = NDArray[Any]

@@ -159,8 +159,9 @@ class SafeTokenizer:
             else:
                 run_ids.append(token_id)
         close_run(len(rendered))
-        # One object for equal ids of all rows: a fresh one each takes more memory than the list that holds it.
-        ids = [self._ints.setdefault(i, i) for i in ids]
+        # One object for equal ids of all rows: a fresh one each takes more memory than the list that holds it. The copy
+        # has no room left for growing.
+        ids = [self._ints.setdefault(i, i) for i in ids][:]
         return Encoded(ids, [counts[cut] for cut in cuts], controls)
 
     def _encode_plain(self, text: str, *, first: bool) -> list[int]:
