@@ -346,8 +346,15 @@ def test_a_label_at_position_0_is_no_target():
     assert count_tokens([Example([], [], "r:1")]).labelled == 0
 
 
-def test_the_tutorials_data_has_112_copies_and_nothing_else_amiss(tutorial_data):
+def test_the_tutorials_data_has_112_copies_50_prompts_with_several_answers_and_121_short_ones(tutorial_data):
     config, encoder = run_of({"max_length": 4096}, {"eval_size": 0.05})
     report = audit(read([tutorial_data], None, config.data), config.data, config.eval, encoder).report
     assert (report.num_rows, len(report.duplicates), report.num_dropped) == (3729, 112, 0)
     assert 0.03 * 3617 < len(report.held_out) < 0.07 * 3617
+    findings = {finding.kind: finding for finding in report.findings}
+    assert findings["duplicates"].num_rows == 112
+    several = findings["several_answers"]
+    assert (len(several.places), several.num_rows, len(several.places[0].rows)) == (50, 238, 51)
+    assert findings["short_answers"].num_rows == 121
+    assert set(findings) == {"duplicates", "several_answers", "short_answers", "near_duplicates"}
+    assert report.scripts == {"Han": 3617}

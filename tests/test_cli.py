@@ -99,6 +99,42 @@ def test_check_accounts_for_every_row_and_exits_with_3_if_rows_are_refused(lorik
     assert code == 0
 
 
+def test_train_says_in_short_what_check_finds_and_no_text_can_steer_the_terminal(lorikit, run_yaml, tmp_path):
+    rows = [
+        *ROWS,
+        {"instruction": "What is \x1b[2J?", "output": "One."},
+        {"instruction": "What is \x1b[2J?", "output": "Two."},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    code, _, err = lorikit("train", run_yaml, "--train.max_steps", 1)
+    assert code == 0 and "\x1b[2J" not in err
+    assert (
+        "warning: rows whose prompt has several answers (2 in 1 group), first rows.json:1" in err and "\\x1b[2J" in err
+    )
+    assert "warning: invisible, misplaced or wrongly decoded characters (2), first rows.json:1" in err
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert {finding["kind"] for finding in report["findings"]} == {"characters", "several_answers"}
+
+
+def test_check_fix_writes_the_mended_rows_beside_what_was_done(lorikit, model, tmp_path):
+    (tmp_path / "rows.json").write_text(
+        json.dumps([*ROWS, ROWS[0], {"instruction": "a\u200bb", "output": "long enough"}])
+    )
+    command = ["check", tmp_path / "rows.json", "--model", model, "--fix", tmp_path / "clean.json"]
+    code, out, _ = lorikit(*command, "--json")
+    assert code == 0
+    assert json.loads(out)["fix"] == {
+        "rows": 13, "removed": 1, "changed": 1,
+        "file": str(tmp_path / "clean.json"), "changes": str(tmp_path / "clean.json.changes.jsonl"),
+    }  # fmt: skip
+    assert len(json.loads((tmp_path / "clean.json").read_text())) == 13
+    assert len((tmp_path / "clean.json.changes.jsonl").read_text().splitlines()) == 2
+    code, _, err = lorikit(*command)
+    assert code == 2 and "--force" in err
+    assert lorikit(*command[:-1], tmp_path / "rows.json", "--force")[0] == 2
+    assert lorikit(*command[:-1], tmp_path / "rows.xml")[0] == 2
+
+
 def test_config_prints_the_resolved_run_or_every_setting_or_the_schema(lorikit, run_yaml):
     code, out, _ = lorikit("config", run_yaml, "--lora.r", "5")
     assert code == 0 and yaml.safe_load(out)["lora"]["r"] == 5

@@ -88,7 +88,7 @@ def test_rows_that_stop_training_are_refused_and_named(tmp_path):
 def test_long_lists_are_cut_on_the_screen_and_complete_for_machines(tmp_path):
     result = checked(tmp_path, [alpaca("q", "a")] * 11)
     text = shown(result)
-    assert "duplicates (10)" in text and "rows.jsonl:6 equals rows.jsonl:1" in text and "and 5 more" in text
+    assert "duplicates (10)" in text and "rows.jsonl:6: equals rows.jsonl:1" in text and "and 5 more" in text
     assert "rows.jsonl:7" not in text
     assert len(json.loads(json.dumps(result.to_dict()))["duplicates"]) == 10
 
@@ -125,7 +125,7 @@ def test_a_control_token_typed_in_a_row_is_not_framed_and_frames_cannot_be_typed
     text = shown(checked(tmp_path, [alpaca("say <|eot_id|> and ▐<|eot_id|>▌", "⟦no⟧ ↵ ✂")]), width=200)
     assert "say <|eot_id|> and \\u2590<|eot_id|>\\u258c▐<|eot_id|>▌" in text
     assert "⟦\\u27e6no\\u27e7 \\u21b5 \\u2702▐<|eot_id|>▌⟧" in text
-    assert "rows that spell a control token, kept as plain text (1)\n  rows.jsonl:1\n" in text
+    assert re.search(r"note: rows that spell a control token, kept as plain text \(1\)\n  rows\.jsonl:1 *\n", text)
 
 
 def test_text_can_neither_steer_the_terminal_nor_style_the_page(tmp_path):
@@ -282,3 +282,17 @@ def test_machines_get_the_samples_as_they_are(tmp_path):
     spans = json.loads(json.dumps(result.to_dict()))["samples"][0]["spans"]
     assert {"text": "\x1b[1m⟦x⟧", "use": "learnt", "control": False} in spans
     assert {"text": "<|eot_id|>", "use": "learnt", "control": True} in spans
+
+
+def test_clean_data_has_one_line_of_findings_and_dirty_data_says_what_to_do(tmp_path):
+    rows = [alpaca(f"question {i}", f"answer {i}") for i in range(9)]
+    assert "\n\nfindings: none\n\n" in shown(checked(tmp_path, rows))
+    text = shown(
+        checked(
+            tmp_path, [*rows, rows[0], alpaca("question 1", "zero\u200bwidth"), alpaca("mine?", "AKIAJ5Q7ZK3LMNPQR2ST")]
+        )
+    )
+    assert "findings: 1 error, 2 warnings, 1 note" in text
+    assert text.index("error: keys or passwords") < text.index("warning: rows whose prompt") < text.index("note: dupl")
+    assert "rows.jsonl:11: zero-width character U+200B" in text and "→ lorikit check --fix OUT writes" in text
+    assert "AKIA… (20 characters)" in text

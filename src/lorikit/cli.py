@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import sys
 import warnings
@@ -15,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
 from lorikit import __version__
+from lorikit.cli_data import Flags, Json, build, check, print_json
 from lorikit.errors import ConfigError, DiskError, LorikitError, ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ app = App(
         "6 out of memory, 7 disk, 75 stopped by a signal (the same command goes on), 130 interrupted twice."
     ),
 )
-
-Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON document on stdout.")]
 
 
 @Parameter(name="*")
@@ -126,61 +123,13 @@ def download(
         raise ConfigError(f"--hub is {hub!r}: auto, modelscope or huggingface")
     found = (resolve_data if data else resolve_model)(name, revision=revision, hub=hub)
     if as_json:
-        _print_json({"name": found.name, "path": str(found.path), "hub": found.hub, "revision": found.revision})
+        print_json({"name": found.name, "path": str(found.path), "hub": found.hub, "revision": found.revision})
     else:
         print(found.path)
 
 
-@app.command
-def check(
-    *arguments: Flags,
-    model: str,
-    max_length: int | None = None,
-    show: int = 3,
-    row: str | None = None,
-    as_json: Json = False,
-) -> None:
-    """What becomes of every row of FILE...: kept, dropped and why, token lengths, and what is trained in a few rows.
-
-    Settings of the group data may follow, as in a run: --data.template tutorial --data.on_long_row truncate.
-    Exits with 3 if rows are refused.
-
-    Parameters
-    ----------
-    arguments
-        Files, folders or hub data sets.
-    model
-        The model whose tokenizer and chat template turn rows into tokens.
-    max_length
-        Longest row in tokens; the same as --data.max_length.
-    show
-        How many rows to show with their trained tokens marked.
-    row
-        Show this row, as file:line, instead of the first ones.
-    """
-    from lorikit.config import load_config
-    from lorikit.data.encode import Encoder
-    from lorikit.data.view import check as check_rows
-    from lorikit.data.view import render
-    from lorikit.hub import resolve_data, resolve_model
-    from lorikit.model.load import load_tokenizer, stop_ids
-
-    files, flags = _split_flags(arguments)
-    if not files:
-        raise ConfigError("check needs a file, a folder or a hub data set: lorikit check rows.json --model MODEL")
-    data: dict[str, Any] = {"train": files} | ({"max_length": max_length} if max_length is not None else {})
-    config = load_config(flags=flags, model={"name_or_path": model}, data=data, train={"output_dir": "none"})
-    base = resolve_model(config.model.name_or_path, revision=config.model.revision, hub=config.model.hub)
-    tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
-    encoder = Encoder(tokenizer, config.data, stop_ids(base.path))
-    paths = [resolve_data(name, hub=config.model.hub).path for name in files]
-    checked = check_rows(paths, config, encoder, show=show, row=row)
-    if as_json:
-        _print_json(checked.to_dict())
-    else:
-        render(checked)
-    if checked.refused:
-        raise SystemExit(3)
+app.command(build)
+app.command(check)
 
 
 @app.command
@@ -210,7 +159,7 @@ def plan(
     rows = partial(_show, what="rows")
     asked = bool(flags or gpu or memory_gib)
     planned = planning.plan(settings, gpu, memory_gib, rows) if settings else planning.compare(config, asked=asked)
-    _print_json(planned.to_dict()) if as_json else render(planned)
+    print_json(planned.to_dict()) if as_json else render(planned)
     if not planned.can_run:
         raise SystemExit(OutOfMemoryError.exit_code)
 
@@ -233,7 +182,7 @@ def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
 
     run = run_training(settings)
     if as_json:
-        _print_json({"run": str(run), "adapter": str(run / "adapter")})
+        print_json({"run": str(run), "adapter": str(run / "adapter")})
     else:
         print(run)
 
@@ -291,7 +240,7 @@ def generate(
         session, [p.messages for p in prompts], answering.sampling(), partial(_show, total=len(prompts), what="answers")
     )
     if as_json:
-        _print_json(answer_rows(prompts, answers))
+        print_json(answer_rows(prompts, answers))
         return
     for asked, given in zip(prompts, answers, strict=True):
         if len(prompts) > 1:
@@ -313,7 +262,7 @@ def config(file: Path | None = None, /, *flags: Flags, schema: Annotated[bool, P
     from lorikit.config import RunConfig, describe, dump_config, load_config
 
     if schema:
-        _print_json(RunConfig.model_json_schema())
+        print_json(RunConfig.model_json_schema())
     elif file is None:
         print(describe(), end="")
     else:
@@ -334,7 +283,7 @@ def doctor(run: Path | None = None, /, *, as_json: Json = False) -> None:
 
     report = examine(run)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         render(report)
     if report.problems:
@@ -382,16 +331,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _complain(text: str) -> None:
     print(f"lorikit: {text}", file=sys.stderr)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
-
-
-def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Leading file names, and the settings that follow."""
-    first = next((i for i, text in enumerate(arguments) if text.startswith("--")), len(arguments))
-    return list(arguments[:first]), list(arguments[first:])
 
 
 def _show(done: int, total: int, what: str) -> None:

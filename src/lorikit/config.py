@@ -158,7 +158,7 @@ class EvalConfig(Group):
     """What is held out, and when it is looked at."""
 
     eval_size: Annotated[float, Field(ge=0)] = 0.05
-    """Held out of the training rows: a share below 1, or a number of rows; equal prompts stay on one side."""
+    """Held out of the training rows: a share below 1, or a number of rows; (nearly) equal prompts stay on one side."""
     data: Text | None = None
     """A file of its own instead of a share of the training rows."""
     eval_steps: Annotated[int, Field(ge=0)] = 0

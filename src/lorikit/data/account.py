@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lorikit.data.values import IGNORE, Example, Reject
@@ -37,6 +37,53 @@ class SameAs:
 
     source: str
     of: str
+
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows of one finding that belong together, by their sources, and what is the matter with them."""
+
+    rows: tuple[str, ...]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        where = self.rows[0] + (f" and {len(self.rows) - 1:,} more" if len(self.rows) > 1 else "")
+        return f"{where}: {self.detail}" if self.detail else where
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that a reader of the data should know: what, in which rows, how bad, and what to do about it."""
+
+    kind: str
+    severity: Severity
+    title: str
+    places: list[Place]
+    advice: str
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it concerns."""
+        return sum(len(place.rows) for place in self.places)
+
+    @property
+    def headline(self) -> str:
+        """The finding in one line, with its number of rows."""
+        groups = (
+            f" in {len(self.places):,} group{'s' if len(self.places) > 1 else ''}"
+            if self.num_rows > len(self.places)
+            else ""
+        )
+        return f"{self.title} ({self.num_rows:,}{groups})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `rows` counts them."""
+        head = {"kind": self.kind, "severity": self.severity, "title": self.title, "advice": self.advice}
+        places = [{"rows": list(place.rows), "detail": place.detail} for place in self.places]
+        return head | {"rows": self.num_rows, "places": places}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +132,8 @@ class DataReport:
 
     `lengths` has all rows that could be encoded, those over max_length too. `leaks` are rows of eval.data whose prompt
     is also trained. `control_text` names rows that spell a control token, which stays text,
-    `lost_text` rows with characters that the tokenizer has no tokens for. `refusals` says why
+    `lost_text` rows with characters that the tokenizer has no tokens for. `findings` has these and all else that was
+    noticed, the worst first; `scripts` counts the kept rows by the writing system of their last answer. `refusals` says why
     training would stop at this data, and is empty if it would not. `fingerprint` is a sha256 over all ids and labels.
     """
 
@@ -108,6 +156,8 @@ class DataReport:
     notes: list[str]
     refusals: list[str]
     fingerprint: str
+    findings: list[Finding] = field(default_factory=list)
+    scripts: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.num_rows == self.num_trained + len(self.held_out) + self.num_dropped + len(self.duplicates)
@@ -138,6 +188,8 @@ class DataReport:
                 "duplicates": len(self.duplicates),
             },
             "refusals": self.refusals,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "scripts": self.scripts,
             "notes": self.notes,
             "train": self.train_tokens.to_dict(),
             "held_out": self.held_out_tokens.to_dict(),

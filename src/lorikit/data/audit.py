@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Literal
 
 from lorikit.config import DataConfig, EvalConfig, RunConfig
 from lorikit.data.account import KINDS, DataFile, DataReport, Kind, SameAs, count_tokens, measure, num_labelled
+from lorikit.data.findings import Kept, find
 from lorikit.data.read import Rows, data_files, read_rows
-from lorikit.data.split import prompt_key, split
+from lorikit.data.split import group_keys, prompt_key, split
 from lorikit.data.values import Conversation, Example, Message, Reject
 from lorikit.errors import ConfigError, DataError
 
@@ -96,10 +97,12 @@ def audit(
     done.finish()
     refusals = [*_bad_rows(sides, config), *_long_rows(sides, config), *_nothing_left(sides, config)]
     notes = list(encoder.notes)
+    kept = [row for side in sides for row in side.kept]
+    keys = group_keys([row.conversation for row in kept])
     if data.eval:
         trained, held_out = sides[0].kept, sides[1].kept
     else:
-        trained, held_out = _split(sides[0].kept, evaluation.eval_size, refusals, notes)
+        trained, held_out = _split(kept, keys, evaluation.eval_size, refusals, notes)
     train_examples = [example for row in trained for example in row.examples]
     held_out_examples = [example for row in held_out for example in row.examples]
     report = DataReport(
@@ -123,7 +126,11 @@ def audit(
         refusals=refusals,
         fingerprint=fingerprint(train_examples, held_out_examples),
     )
-    return Prepared(train_examples, held_out_examples, report)
+    every = [conversation for rows in (data.train, data.eval) if rows for conversation in rows.conversations]
+    outside = {id(row) for row in held_out}
+    used = [Kept(row.conversation, key, id(row) in outside) for row, key in zip(kept, keys, strict=True)]
+    scripts, findings = find(report, every, used)
+    return Prepared(train_examples, held_out_examples, replace(report, scripts=scripts, findings=findings))
 
 
 def fingerprint(*parts: Iterable[Example]) -> str:
@@ -219,17 +226,21 @@ def _judge(conversation: Conversation, config: DataConfig, encoder: Encoder, sid
     return conversation.source
 
 
-def _split(rows: list[_Row], eval_size: float, refusals: list[str], notes: list[str]) -> tuple[list[_Row], list[_Row]]:
-    """Rows trained and held out. Where the data is refused anyway, an impossible eval_size is one more reason."""
+def _split(
+    rows: list[_Row], keys: list[bytes], eval_size: float, refusals: list[str], notes: list[str]
+) -> tuple[list[_Row], list[_Row]]:
+    """Rows trained and held out, by the keys of their groups.
+
+    Where the data is refused anyway, an impossible eval_size is one more reason."""
     try:
-        is_held_out = split([prompt_key(row.conversation) for row in rows], eval_size)
+        is_held_out = split(keys, eval_size)
     except ConfigError as error:
         if not refusals:
             raise
         refusals.append(str(error))
         return rows, []
     if eval_size and rows and not any(is_held_out):
-        notes.append("nothing is held out, because all rows have the same prompt")
+        notes.append("nothing is held out, because all rows ask the same, or nearly the same")
     pairs = list(zip(rows, is_held_out, strict=True))
     return [row for row, out in pairs if not out], [row for row, out in pairs if out]
 

@@ -54,8 +54,8 @@ def probe(path: Path) -> Probe:
     if gzipped:
         with gzip.open(path) as unpacked:
             head = unpacked.read(_HEAD_BYTES)
-    mark, encoding = next(((m, e) for m, e in _MARKS if head.startswith(m)), (b"", "utf-8"))
-    if not mark and _is_binary(head):
+    mark, encoding = mark_of(head)
+    if not mark and is_binary(head):
         raise DataError(f"{path}: binary data, or UTF-16 without a byte order mark; {_ALLOWED}")
     text = head.decode(encoding, "replace").lstrip(" \t\r\n")
     if not text:
@@ -71,7 +71,13 @@ def probe(path: Path) -> Probe:
     return Probe("csv", encoding, len(mark), gzipped, delimiter)
 
 
-def _is_binary(head: bytes) -> bool:
+def mark_of(head: bytes) -> tuple[bytes, str]:
+    """The byte order mark that a file begins with, if any, and its encoding."""
+    return next(((mark, encoding) for mark, encoding in _MARKS if head.startswith(mark)), (b"", "utf-8"))
+
+
+def is_binary(head: bytes) -> bool:
+    """Whether a file without a byte order mark that begins with these bytes is no text."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # incremental: the head may end inside a character
     except UnicodeDecodeError:

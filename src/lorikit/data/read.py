@@ -35,15 +35,12 @@ def read_rows(paths: Sequence[Path], config: DataConfig) -> Rows:
     ConfigError for a `config.columns` that fits no format.
     """
     wanted, convert = known_columns(config), converter(config)
-    files = [file for path in paths for file in data_files(path)]
+    files = named_files(paths)
     if not files:
         raise DataError("no data files are given: set data.train")
-    names = Counter(file.name for file in files)
     conversations: list[Conversation] = []
     rejects: list[Reject] = []
-    for file in files:
-        # The name alone where it is enough: sources end up in reports, which should not hold paths of one machine.
-        name = file.name if names[file.name] == 1 else str(file)
+    for file, name in files:
         rows_before = len(conversations), len(rejects)
         errors: list[RowError] = []
         for raw in raw_rows(file, wanted):
@@ -61,6 +58,14 @@ def read_rows(paths: Sequence[Path], config: DataConfig) -> Rows:
             if len(conversations) == rows_before[0] and all(isinstance(error, whole_file) for error in errors):
                 raise DataError(f"{rejects[rows_before[1]]} (no row of {file} can be used)")
     return Rows(conversations, rejects, len(conversations) + len(rejects))
+
+
+def named_files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The data files behind these paths, each with what its rows' sources call it. Raises as `data_files`."""
+    files = [file for path in paths for file in data_files(path)]
+    names = Counter(file.name for file in files)
+    # The name alone where it is enough: sources end up in reports, which should not hold paths of one machine.
+    return [(file, file.name if names[file.name] == 1 else str(file)) for file in files]
 
 
 def rejects_jsonl(rejects: Iterable[Reject]) -> bytes:

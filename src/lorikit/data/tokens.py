@@ -74,6 +74,7 @@ class SafeTokenizer:
         self.silent_ids = frozenset(i for i in self.control_ids if added[i].special)
         self._spelled: dict[str, bool] = {}
         self._cache: dict[str, list[int]] = {}
+        self._ints: dict[int, int] = {}
 
     def protect(self, text: str, standins: dict[str, str], avoid: str) -> str:
         """`text` with each control token in it replaced by a character that is not in `avoid`; fills `standins`.
@@ -142,7 +143,9 @@ class SafeTokenizer:
             for left, right in pairwise(edges):
                 if left in inside:
                     counts[left] = len(ids)
-                piece = "".join(standins.get(char, char) for char in rendered[left:right])
+                piece = rendered[left:right]
+                if standins:
+                    piece = "".join(standins.get(char, char) for char in piece)
                 ids.extend(self._encode_plain(piece, first=left == 0))
             if end in inside:
                 counts[end] = len(ids)
@@ -156,6 +159,9 @@ class SafeTokenizer:
             else:
                 run_ids.append(token_id)
         close_run(len(rendered))
+        # One object for equal ids of all rows: a fresh one each takes more memory than the list that holds it. The copy
+        # has no room left for growing.
+        ids = [self._ints.setdefault(i, i) for i in ids][:]
         return Encoded(ids, [counts[cut] for cut in cuts], controls)
 
     def _encode_plain(self, text: str, *, first: bool) -> list[int]:

@@ -7,7 +7,8 @@ moves the cursor or is one of the marks is written as an escape (`visible`).
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorikit.config import RunConfig
-from lorikit.data.account import KINDS, DataReport, Kind, Lengths, Tokens
+from lorikit.data.account import KINDS, DataReport, Lengths, Tokens
 from lorikit.data.audit import DataSet, Progress, audit, read
 from lorikit.data.values import IGNORE, Example
 from lorikit.errors import ConfigError, DataError
@@ -40,6 +41,7 @@ _STYLES: dict[tuple[Use, bool], str] = {
     ("cut", False): "strike red",
     ("cut", True): "strike red",
 }
+_SEVERITIES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _SHOWN = 5
@@ -131,7 +133,7 @@ def render(checked: Check, console: Console | None = None) -> None:
     console = console or Console()
     colour = console.color_system is not None and not console.no_color
     report, samples = checked.report, checked.samples
-    blocks: list[RenderableType] = [_account(report), *_lists(report)]
+    blocks: list[RenderableType] = [_account(report), *_findings(report)]
     if report.lengths:
         blocks.append(_histogram(report.lengths, report, console.width))
     if any(one.spans for one in samples):
@@ -230,7 +232,7 @@ def _fate(source: str, report: DataReport) -> str:
     return f"{kept}, cut to {report.max_length}" if any(row.source == source for row in report.truncated) else kept
 
 
-def _verb(report: DataReport, kind: Kind) -> str:
+def _verb(report: DataReport, kind: str) -> str:
     how = report.on_long_row if kind in ("too_long", "cut_off") else report.on_bad_row
     return "refused" if how == "error" else "dropped"
 
@@ -257,27 +259,18 @@ def _size(tokens: Tokens) -> str:
     return f"{tokens.tokens:,} tokens, {100 * tokens.share_labelled:.0f} % learnt" if tokens.tokens else ""
 
 
-def _lists(report: DataReport) -> Iterator[Text]:
-    """The first of each kind of row that is worth a look; those that stop training are in the refusals."""
-    for kind, rejects in report.dropped.items():
-        if _verb(report, kind) == "dropped":
-            yield from _some(f"dropped, {KINDS[kind]}", map(str, rejects))
-    yield from _some("truncated", map(str, report.truncated))
-    yield from _some("duplicates", (f"{pair.source} equals {pair.of}" for pair in report.duplicates))
-    yield from _some(
-        "held-out rows whose prompt is also trained, so that their loss says little",
-        (f"{pair.source} asks what {pair.of} asks" for pair in report.leaks),
-    )
-    yield from _some("rows that spell a control token, kept as plain text", report.control_text)
-    yield from _some("rows with characters the tokenizer has no tokens for: they are lost", map(str, report.lost_text))
-
-
-def _some(title: str, lines: Iterable[str]) -> Iterator[Text]:
-    lines = list(lines)
-    if lines:
-        more = [f"and {len(lines) - _SHOWN:,} more"] if len(lines) > _SHOWN else []
-        shown = [visible(line) for line in lines[:_SHOWN]]
-        yield Text("\n  ").join([Text(f"{title} ({len(lines):,})", "bold"), *map(Text, [*shown, *more])])
+def _findings(report: DataReport) -> Iterator[Text | Group]:
+    """How many of each kind, then each with its first rows; those that stop training are in the refusals."""
+    found = [one for one in report.findings if not (one.kind in KINDS and _verb(report, one.kind) == "refused")]
+    counts = Counter(one.severity for one in found)
+    words = [f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items()]
+    yield Text(f"findings: {', '.join(words) or 'none'}", "bold")
+    for one in found:
+        lines = [Text(visible(str(place))) for place in one.places[:_SHOWN]]
+        more = [Text(f"and {len(one.places) - _SHOWN:,} more")] if len(one.places) > _SHOWN else []
+        head = Text.assemble((one.severity, _SEVERITIES[one.severity]), (f": {one.headline}", "bold"))
+        body = Group(*lines, *more, Text(f"→ {one.advice}", "dim"))
+        yield Group(head, Padding(body, (0, 0, 0, 2), expand=False))
 
 
 def _histogram(lengths: Lengths, report: DataReport, width: int) -> Group:

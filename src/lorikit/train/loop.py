@@ -9,6 +9,7 @@ from lorikit.config import RunConfig
 from lorikit.data.account import DataReport
 from lorikit.data.audit import prepare
 from lorikit.data.encode import Encoder
+from lorikit.data.view import visible
 from lorikit.hub import Resolved, resolve_data, resolve_model
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
 from lorikit.train.metrics import check_trackers, peak_memory
@@ -128,6 +129,11 @@ def _summarise(training: Training, rows: DataReport) -> None:
         f"{rows.num_rows} rows read: {rows.num_trained} to train, {len(rows.held_out)} held out, {rows.num_dropped} dropped, "
         f"{len(rows.duplicates)} duplicates removed (data_report.json names them)"
     )
+    told = [one for one in rows.findings if one.severity != "note"]
+    for one in told:
+        say(visible(f"{one.severity}: {one.headline}, first {one.places[0]}"))
+    if told:
+        say("`lorikit check` shows more of these rows and what to do, data_report.json has them all")
     trainable = sum(parameter.numel() for parameter in engine.parameters())
     why = f" (not the decoder: {engine.choice})" if engine.choice else ""
     bits = training.config.model.quantization
