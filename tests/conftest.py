@@ -45,9 +45,9 @@ KNOWN_FAILURES = {
 }
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)
+def pytest_itemcollected(item):
     """Failures that are known and not mended yet, each with its reason."""
-    for item in items:
-        reason = KNOWN_FAILURES.get(getattr(item, "originalname", item.name))
-        if reason:
-            item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
+    reason = KNOWN_FAILURES.get(getattr(item, "originalname", item.name))
+    if reason:
+        item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
