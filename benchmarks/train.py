@@ -14,6 +14,8 @@ import json
 import math
 import platform
 import random
+import shlex
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +45,7 @@ def main() -> None:
             "dtype": arguments.dtype,
             "engine": arguments.engine,
             "gpu_memory_gib": arguments.memory,
+            "quantization": arguments.quantization,
         },
         data={"train": "none"},
         lora={"r": 8, "lora_alpha": 32, "lora_dropout": arguments.dropout},
@@ -67,9 +70,12 @@ def main() -> None:
         return begin_step(engine, optimizer, prepared, budget, dropout_seed=seed, learning_rate=1e-4)
 
     started, ahead = time.perf_counter(), None
-    for step in range(count):  # one step ahead, as the loop of `lorikit train`
+    for step in range(
+        count
+    ):  # one step ahead, as the loop of `lorikit train`; nothing is in flight when the clock starts
         in_flight = ahead or begin(step)
-        ahead = begin(step + 1) if optimizer.runs_behind() and step + 1 < count else None
+        more = optimizer.runs_behind() and step + 1 not in (WARM_UP, count)
+        ahead = begin(step + 1) if more else None
         done = in_flight.result()
         seconds.append(time.perf_counter() - started)
         started += seconds[-1]
@@ -78,12 +84,14 @@ def main() -> None:
         assert done.norm > 0, "there is no gradient: the figure would be worthless"
     step_seconds = median(seconds[WARM_UP:])
     result = {
-        "engine": engine.name,
+        "who": f"Lorikit, engine {engine.name}",
+        "quantization": arguments.quantization,
         "job": f"rows of {arguments.long}" if arguments.long else "tutorial",
         "rows_per_step": arguments.batch,
         "checkpointing": arguments.checkpointing,
         "dropout": arguments.dropout,
         "ms_per_step": round(step_seconds * 1000, 1),
+        "mean_ms_per_step": round(sum(seconds[WARM_UP:]) / arguments.steps * 1000, 1),
         "steps": arguments.steps,
         "all_steps_seconds": round(sum(seconds), 2),
         "tokens_per_second": round(sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:])),
@@ -96,7 +104,11 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else platform.processor(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
+    result |= {"command": shlex.join(sys.argv), "commit": arguments.commit, "python": platform.python_version()}
     print(json.dumps(result))
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
     if arguments.profile:
         mean = sum(tokens) / len(tokens)
         step = min(range(len(tokens)), key=lambda k: abs(tokens[k] - mean))
@@ -126,6 +138,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--memory", type=float, help="most GPU memory, in GiB (engine decoder)")
+    parser.add_argument("--out", type=Path, help="also append the line to this file")
+    parser.add_argument("--commit", help="of the code, for the line")
+    parser.add_argument("--quantization", default="none")
     parser.add_argument("--profile", action="store_true", help="also print what one step spends its time on")
     arguments = parser.parse_args()
     if bool(arguments.rows) == bool(arguments.long):

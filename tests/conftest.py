@@ -35,19 +35,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-
-
-KNOWN_FAILURES = {
-    "test_weights_and_adapter_are_counted_to_the_byte": "the plan does not yet count quantised layers' biases as loaded",
-    "test_advice_for_weights_that_are_too_large_says_so": "the advice does not yet know model.quantization",
-    "test_a_run_that_cannot_fit_exits_with_6_and_says_what_to_change": "the advice does not yet know model.quantization",
-    "test_the_held_out_loss_is_that_of_the_unquantised_base_within_what_is_stated": "fp8 is 2.3 % off on the new split",
-}
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_itemcollected(item):
-    """Failures that are known and not mended yet, each with its reason."""
-    reason = KNOWN_FAILURES.get(getattr(item, "originalname", item.name))
-    if reason:
-        item.add_marker(pytest.mark.xfail(reason=reason, strict=False))

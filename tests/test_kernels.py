@@ -41,7 +41,7 @@ def fresh_numbers():
     random.seed(seed)
 
 
-def close(got, want, dtype, typical=0.0):
+def assert_close(got, want, dtype, typical=0.0):
     """Within a few roundings of the largest value, or of the `typical` one where there are few and all may be small."""
     assert got.dtype == dtype, got.dtype
     assert got.shape == want.shape, (got.shape, want.shape)
@@ -64,20 +64,20 @@ def check_rmsnorm(shape, dtype, device="cpu", *, strided=False):
     weight = (1 + torch.randn(shape[-1], device=device) / 4).to(dtype)
     leaf = exact(x)
     want = formula_rmsnorm(leaf, weight.double())
-    close(rmsnorm(x, weight, EPS), want.detach(), dtype)
+    assert_close(rmsnorm(x, weight, EPS), want.detach(), dtype)
     grad = torch.randn(shape, device=device).to(dtype)
     (want_grad,) = torch.autograd.grad(want, leaf, grad.double())
-    close(rmsnorm_backward(grad, x, weight, EPS), want_grad, dtype)
+    assert_close(rmsnorm_backward(grad, x, weight, EPS), want_grad, dtype)
     plus = torch.randn_like(wide)[..., : shape[-1]]
-    close(rmsnorm_backward(grad, x, weight, EPS, plus=plus), plus.double() + want_grad, dtype)
+    assert_close(rmsnorm_backward(grad, x, weight, EPS, plus=plus), plus.double() + want_grad, dtype)
 
 
 def check_add_rmsnorm(tokens, width, dtype, device="cpu"):
     x, delta = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))
     weight = (1 + torch.randn(width, device=device) / 4).to(dtype)
     total, y = add_rmsnorm(x, delta, weight, EPS)
-    close(total, x.double() + delta.double(), dtype)
-    close(y, formula_rmsnorm(x.double() + delta.double(), weight.double()), dtype)
+    assert_close(total, x.double() + delta.double(), dtype)
+    assert_close(y, formula_rmsnorm(x.double() + delta.double(), weight.double()), dtype)
 
 
 def tables(positions, width, device="cpu"):
@@ -104,13 +104,13 @@ def check_rope(tokens, heads, kv_heads, width, dtype, device="cpu"):
         turned = formula_rope(leaf, cos[positions], sin[positions])
         wanted.append((turned.detach(), torch.autograd.grad(turned, leaf, x.double())[0]))
     rope(q, k, cos, sin, positions)
-    close(q, wanted[0][0], dtype)
-    close(k, wanted[1][0], dtype)
+    assert_close(q, wanted[0][0], dtype)
+    assert_close(k, wanted[1][0], dtype)
     assert torch.equal(v, before.view_as(parts)[:, heads + kv_heads :]), "the values are no queries or keys"
     grads = before.clone().view_as(parts)
     rope_backward(grads[:, :heads], grads[:, heads : heads + kv_heads], cos, sin, positions)
-    close(grads[:, :heads], wanted[0][1], dtype)
-    close(grads[:, heads : heads + kv_heads], wanted[1][1], dtype)
+    assert_close(grads[:, :heads], wanted[0][1], dtype)
+    assert_close(grads[:, heads : heads + kv_heads], wanted[1][1], dtype)
 
 
 def check_swiglu(tokens, width, dtype, device="cpu"):
@@ -118,12 +118,12 @@ def check_swiglu(tokens, width, dtype, device="cpu"):
     leaf = exact(gate_up)
     gate, up = leaf.chunk(2, dim=1)
     want = gate / (1 + torch.exp(-gate)) * up
-    close(swiglu(gate_up), want.detach(), dtype)
+    assert_close(swiglu(gate_up), want.detach(), dtype)
     grad = torch.randn(tokens, width, device=device).to(dtype)
     (want_grad,) = torch.autograd.grad(want, leaf, grad.double())
-    close(swiglu_backward(grad, gate_up), want_grad, dtype)
+    assert_close(swiglu_backward(grad, gate_up), want_grad, dtype)
     assert swiglu_backward(grad, gate_up, out=gate_up) is gate_up
-    close(gate_up, want_grad, dtype)
+    assert_close(gate_up, want_grad, dtype)
 
 
 def check_lora_a(tokens, width, modules, rank, p, dtype, device="cpu"):
@@ -134,18 +134,18 @@ def check_lora_a(tokens, width, modules, rank, p, dtype, device="cpu"):
     x_leaf, a_leaf = exact(x), exact(a.to(dtype))
     masks = [dropout_mask(seed, s, x.shape, p, device).double() / (1 - p) for s in streams]
     want = torch.cat([(x_leaf * mask) @ a_m.t() for mask, a_m in zip(masks, a_leaf, strict=True)], dim=1)
-    close(lora_a(x, a, p, seed, streams), want.detach(), dtype)
+    assert_close(lora_a(x, a, p, seed, streams), want.detach(), dtype)
     grad = torch.randn(tokens, modules * rank, device=device).to(dtype)
     want_x, want_a = torch.autograd.grad(want, (x_leaf, a_leaf), grad.double())
     grad_x, grad_a = lora_a_backward(grad, x, a, p, seed, streams)
-    close(grad_x, want_x, dtype)
+    assert_close(grad_x, want_x, dtype)
     assert grad_a.dtype == torch.float32
-    close(grad_a.to(dtype), want_a, dtype)
+    assert_close(grad_a.to(dtype), want_a, dtype)
     given = torch.randn(tokens, width, device=device).to(dtype)
     before = given.double()
     result, _ = lora_a_backward(grad, x, a, p, torch.tensor(seed, device=device), streams, given)
     assert result is given
-    close(given, before + want_x, dtype)
+    assert_close(given, before + want_x, dtype)
     nothing, again = lora_a_backward(grad, x, a, p, seed, streams, needs_x=False)
     assert nothing is None
     assert torch.equal(again, grad_a), "the same inputs give the same bytes"
@@ -162,14 +162,14 @@ def check_lora_b(tokens, sizes, present, rank, dtype, device="cpu"):
         added = 2.5 * part @ matrix.t()
         want = want + torch.nn.functional.pad(added, (start, sum(sizes) - start - matrix.shape[0]))
     add_lora_b(y, u, b, starts, 2.5)
-    close(y, want.detach(), dtype)
+    assert_close(y, want.detach(), dtype)
     grad = torch.randn_like(y)
     wanted = torch.autograd.grad(want, leaves, grad.double())
     grad_u, grad_b = lora_b_backward(grad, u, b, starts, 2.5)
-    close(grad_u, wanted[0], dtype, typical=max(m.shape[0] for m in b) ** 0.5)
+    assert_close(grad_u, wanted[0], dtype, typical=max(m.shape[0] for m in b) ** 0.5)
     for got, expected in zip(grad_b, wanted[1:], strict=True):
         assert got.dtype == torch.float32
-        close(got.to(dtype), expected, dtype)
+        assert_close(got.to(dtype), expected, dtype)
 
 
 def check_adamw(size, max_norm, steps, device="cpu"):
@@ -189,9 +189,9 @@ def check_adamw(size, max_norm, steps, device="cpu"):
         norm = adamw_step(param, grad, exp_avg, exp_avg_sq, number + 1, rate, (0.9, 0.999), 1e-8, 0.1, max_norm, count)
         assert norm.item() == pytest.approx(want_norm.item(), rel=1e-5)
         assert torch.equal(grad, kept), "the gradient is the caller's"
-        close(param, peer.detach().double(), torch.float32)
-        close(exp_avg, optimizer.state[peer]["exp_avg"].double(), torch.float32)
-        close(exp_avg_sq, optimizer.state[peer]["exp_avg_sq"].double(), torch.float32)
+        assert_close(param, peer.detach().double(), torch.float32)
+        assert_close(exp_avg, optimizer.state[peer]["exp_avg"].double(), torch.float32)
+        assert_close(exp_avg_sq, optimizer.state[peer]["exp_avg_sq"].double(), torch.float32)
     for value in (math.nan, math.inf):
         grad[size // 2] = value
         state = [t.clone() for t in (param, exp_avg, exp_avg_sq)]
@@ -229,7 +229,7 @@ def test_rope_of_queries_alone_takes_keys_without_heads():
     q, (cos, sin) = torch.randn(3, 2, 8), tables(9, 8)
     want = formula_rope(q.double(), cos[[4, 0, 8]], sin[[4, 0, 8]])
     rope(q, q[:, :0], cos, sin, torch.tensor([4, 0, 8]))
-    close(q, want, torch.float32)
+    assert_close(q, want, torch.float32)
 
 
 @DTYPES
@@ -278,7 +278,7 @@ def test_adamws_bias_correction_holds_after_a_thousand_steps():
     exp_avg, exp_avg_sq = grad.clone(), grad.square()
     adamw_step(param, grad, exp_avg, exp_avg_sq, 1000, 1e-3, (0.9, 0.999), 1e-8, 0.0, 0.0)
     want = 1 - 1e-3 * grad.double().sign() * math.sqrt(1 - 0.999**1000) / (1 - 0.9**1000)
-    close(param, want, torch.float32)
+    assert_close(param, want, torch.float32)
 
 
 def test_no_tokens_give_no_rows():
@@ -323,14 +323,14 @@ def test_norm_and_rope_are_transformers_own():
         x, norm = torch.randn(7, 96).to(dtype), LlamaRMSNorm(96, eps=EPS).to(dtype)
         torch.nn.init.normal_(norm.weight, 1.0, 0.25)
         want = norm(x).detach()
-        close(rmsnorm(x, norm.weight.detach(), EPS), want.double(), dtype)
+        assert_close(rmsnorm(x, norm.weight.detach(), EPS), want.double(), dtype)
         assert INTERPRETER or torch.equal(rmsnorm(x, norm.weight.detach(), EPS), want)
     q, k, (cos, sin) = torch.randn(5, 4, 16), torch.randn(5, 2, 16), tables(5, 16)
     doubled = (torch.cat([t, t], -1)[None] for t in (cos, sin))
     want = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *doubled)
     rope(q, k, cos, sin, torch.arange(5))
     for got, expected in zip((q, k), want, strict=True):
-        close(got, expected[0].transpose(0, 1).double(), torch.float32)
+        assert_close(got, expected[0].transpose(0, 1).double(), torch.float32)
 
 
 @pytest.mark.skipif(INTERPRETER, reason="this is the inner process")

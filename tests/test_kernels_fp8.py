@@ -25,7 +25,7 @@ from lorikit.model.kernels.fp8 import (
     quantize_rows_reference,
     transpose,
 )
-from test_kernels import DTYPES, INTERPRETER, close, fresh_numbers  # noqa: F401
+from test_kernels import DTYPES, INTERPRETER, assert_close, fresh_numbers  # noqa: F401
 
 
 def decoded(values):
@@ -76,7 +76,7 @@ def check_products(tokens, outputs, inputs, dtype, device="cpu"):
         folded = scales[:, 0] if product is fp8_input_gradient else None
         rows, row_scales = quantize_rows_reference(operand, folded)
         unscaled = decoded(values) if folded is not None else other
-        close(got, decoded(rows) * row_scales.double() @ unscaled, dtype)
+        assert_close(got, decoded(rows) * row_scales.double() @ unscaled, dtype)
         full = weight.double().t() if folded is None else weight.double()
         error = (got.double() - operand.double() @ full).abs()
         assert (error <= 0.15 * (operand.double().abs() @ full.abs())).all()

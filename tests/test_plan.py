@@ -141,7 +141,8 @@ def test_weights_and_adapter_are_counted_to_the_byte(tmp_path, engine, family):
 
 
 def tensors_of(layer):
-    return [t for name in layer.__slots__ if (t := getattr(layer, name)) is not None]
+    values = [value for name in layer.__slots__ if (value := getattr(layer, name)) is not None]
+    return [value if isinstance(value, torch.Tensor) else value.weight for value in values]
 
 
 def a_run(**model):
@@ -305,9 +306,24 @@ def test_advice_names_a_forward_that_fits(four_layers):
 
 
 def test_advice_for_weights_that_are_too_large_says_so(llama3):
-    _, words = planned(llama3, [], "rtx4090", examples(4, 100), memory=10)
+    _, words = planned(llama3, ["--model.engine", "decoder"], "rtx4090", examples(4, 100), memory=4)
     assert "one row of 100 tokens alone needs" in words[0]
-    assert "the frozen weights alone take 15.0 GiB" in words[-1]
+    assert "the frozen weights alone take 5.6 GiB" in words[-1] and "nf4" in words[-2]  # with one dense matrix
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "kind"), [("rtx4090", 10, "fp8"), ("a100", 10, "nf4"), ("rtx4090", 8, "nf4")]
+)
+def test_advice_for_weights_that_are_too_large_offers_fewer_bits_that_the_gpu_can_compute_with(
+    llama3, gpu, memory, kind
+):
+    rows = examples(4, 100)
+    _, words = planned(llama3, [], gpu, rows, memory=memory)
+    assert f"model.quantization: {kind} fits" in words[-1]
+    assert gpu != "a100" or not any("fp8" in word for word in words)
+    flags = ["--train.gradient_checkpointing", "true", "--model.quantization", kind]
+    mended, _ = planned(llama3, flags, gpu, rows, memory=memory)
+    assert mended.fits is True and gib(mended.memory.needed) in words[-1]
 
 
 def test_advice_offers_to_keep_activations_where_they_fit(llama3):

@@ -110,10 +110,10 @@ def test_plan_for_a_gpu_that_is_not_here(lorikit, here, llama3):
 
 
 def test_a_run_that_cannot_fit_exits_with_6_and_says_what_to_change(lorikit, here, llama3):
-    code, out, err = lorikit("plan", here.yaml, "--model.name_or_path", llama3, "--memory-gib", "8")
+    code, out, err = lorikit("plan", here.yaml, "--model.name_or_path", llama3, "--memory-gib", "4")
     assert (code, err) == (6, "")
-    assert "does not fit 8.0 GiB" in out and "GiB are missing" in out
-    assert "- the frozen weights alone take 15.0 GiB" in out
+    assert "does not fit 4.0 GiB" in out and "GiB are missing" in out
+    assert "- the frozen weights alone take 5.6 GiB" in out
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCh
 NAMES = ["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.json.gz", "a.txt"]
 
 
-def survives(path: Path, data: bytes) -> None:
+def assert_rows_or_a_data_error(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     try:
         rows = read_rows([path], DataConfig(train="x"))
@@ -38,7 +38,7 @@ def survives(path: Path, data: bytes) -> None:
 @given(st.sampled_from(NAMES), st.binary(max_size=200), st.sampled_from([b"", b"[", b"{", b"\xff\xfe", b'"', b"PAR1"]))
 @QUICK
 def test_arbitrary_bytes_are_rows_or_a_data_error(tmp_path, name, data, start):
-    survives(tmp_path / name, start + data)
+    assert_rows_or_a_data_error(tmp_path / name, start + data)
 
 
 JSON = st.recursive(
@@ -53,8 +53,8 @@ JSON = st.recursive(
 @given(st.lists(JSON, max_size=4), st.sampled_from(NAMES), st.sampled_from([None, 1]))
 @QUICK
 def test_arbitrary_json_values_are_rows_or_a_data_error(tmp_path, values, name, indent):
-    survives(tmp_path / name, json.dumps(values, indent=indent).encode())
-    survives(tmp_path / name, "\n".join(json.dumps(value) for value in values).encode())
+    assert_rows_or_a_data_error(tmp_path / name, json.dumps(values, indent=indent).encode())
+    assert_rows_or_a_data_error(tmp_path / name, "\n".join(json.dumps(value) for value in values).encode())
 
 
 def text(*, first: str = "") -> st.SearchStrategy[str]:
@@ -161,4 +161,4 @@ def test_damaged_files_are_rows_or_a_data_error(tmp_path, data):
     for _ in range(data.draw(st.integers(1, 4))):
         at, length = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 9))
         content[at : at + length] = data.draw(st.binary(max_size=4) | st.sampled_from([b'"', b"\n", b"{", b"]", b"\\"]))
-    survives(path, bytes(content))
+    assert_rows_or_a_data_error(path, bytes(content))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorikit.config import RunConfig, setting_names
+from lorikit.config import RunConfig
 from lorikit.data.values import Example
 from lorikit.train import predict
 from lorikit.train.cost import GIB, Forward, Row, row_of
@@ -82,8 +82,7 @@ class _Search:
         tried: list[tuple[str, str, Any]] = []
         if not self.config.train.gradient_checkpointing:
             tried.append(("train", "gradient_checkpointing", True))
-        if "model.quantization" in setting_names():
-            tried += [("model", "quantization", kind) for kind in ("fp8", "nf4")]
+        tried += [("model", "quantization", kind) for kind in self.fewer_bits(costs)]
         config = self.config
         names: list[str] = []
         for group, name, value in tried:
@@ -105,6 +104,12 @@ class _Search:
                 f"the frozen weights alone take {gib(costs.static['weights'])}: take a smaller model or a larger GPU"
                 + (", or spread it with model.device_map: auto" if self.target.kind == "cuda" else "")
             )
+
+    def fewer_bits(self, costs: Costs) -> list[str]:
+        """The kinds of quantised weights that engine and GPU compute with; a GPU that is not known is taken to."""
+        rates = self.target.rates
+        fp8 = costs.engine == "decoder" and (rates is None or rates.fp8)
+        return ["fp8", "nf4"] if fp8 else ["nf4"]
 
     def budget(self, costs: Costs, most: int) -> str | None:
         """The largest forward, by halving, that fits: as the setting with its figures."""

@@ -61,6 +61,8 @@ class Rates:
     least: float
     """Seconds of the shortest kernel."""
     source: str
+    fp8: bool
+    """Whether it multiplies 8-bit floats."""
 
     def product(self, element_size: int) -> float:
         """FLOP/s of products of matrices with elements of this size."""
@@ -68,7 +70,14 @@ class Rates:
 
 
 def _gpu(
-    name: str, gib: float, tflops: float, float32: float, tb_per_second: float, *, measured: bool = False
+    name: str,
+    gib: float,
+    tflops: float,
+    float32: float,
+    tb_per_second: float,
+    *,
+    measured: bool = False,
+    fp8: bool = True,
 ) -> Rates:
     return Rates(
         name=name,
@@ -83,6 +92,7 @@ def _gpu(
         node=10e-6,
         least=2.5e-6,
         source="measured" if measured else f"computed: {_MATMUL:.0%} and {_BANDWIDTH:.0%} of its data sheet",
+        fp8=fp8,
     )
 
 
@@ -90,11 +100,11 @@ def _gpu(
 GPUS: dict[str, Rates] = {
     "h100": _gpu("H100 80GB", 79.1, 989, 67, 3.35, measured=True),
     "h200": _gpu("H200", 139.7, 989, 67, 4.8),
-    "a100": _gpu("A100 80GB", 79.1, 312, 19.5, 2.04),
-    "a100-40": _gpu("A100 40GB", 39.4, 312, 19.5, 1.555),
+    "a100": _gpu("A100 80GB", 79.1, 312, 19.5, 2.04, fp8=False),
+    "a100-40": _gpu("A100 40GB", 39.4, 312, 19.5, 1.555, fp8=False),
     "l40s": _gpu("L40S", 44.4, 362, 91.6, 0.864),
     "rtx4090": _gpu("RTX 4090", 23.5, 165, 82.6, 1.008),
-    "rtx3090": _gpu("RTX 3090", 23.6, 71, 35.6, 0.936),
+    "rtx3090": _gpu("RTX 3090", 23.6, 71, 35.6, 0.936, fp8=False),
 }
 
 
@@ -141,6 +151,7 @@ def measure_cpu(element_size: int, seconds: float = 0.5) -> Rates:
         node=0.0,
         least=8e-6,
         source="measured now on small products",
+        fp8=False,
     )
 
 

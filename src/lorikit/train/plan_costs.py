@@ -127,9 +127,8 @@ def costs_of(config: RunConfig, base: Resolved, target: Target) -> Costs:
 
 
 def _stored(config: RunConfig, target: Target) -> Stored:
-    """How the linear weights are stored; model.quantization is a setting of some versions only."""
-    kind = str(getattr(config.model, "quantization", "none"))
-    return _STORED.get(kind, Stored(target.dtype.itemsize))
+    """How the linear weights are stored."""
+    return _STORED.get(config.model.quantization, Stored(target.dtype.itemsize))
 
 
 def _decoder(plan: decoder_load.Plan, config: RunConfig, target: Target) -> Costs:
