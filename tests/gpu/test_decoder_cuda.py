@@ -131,6 +131,7 @@ def test_a_replayed_graph_gives_what_its_kernels_give_one_by_one(base, dropout):
 def test_how_much_the_layers_keep_changes_no_gradient(base, level):
     batch = pack(rows(5))
     engine = build(base, "decoder", "bfloat16", 0.1)
+    engine._takes_graphs = level > Keep.HOST  # which is without graphs: other sizes of products round otherwise
     torch.manual_seed(4)
     want_loss, want = gradient(engine, batch)
     engine = build(base, "decoder", "bfloat16", 0.1)

@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,7 @@ class Terminal:
             stdout=inner,
             stderr=inner,
             env=environment(TERM="xterm", **extra),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
         )
         os.close(inner)
         self.raw = b""  # not yet asked about

@@ -197,7 +197,12 @@ class DecoderEngine:
     def _graphed_gradient(self, bucket: Bucket, filled: Inputs) -> Tensor:
         if self._graphs is None:
             self._graphs = StepGraphs(self.parameters(), self.device)
-        return self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
+        try:
+            return self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
+        except torch.OutOfMemoryError:
+            # Memory is short: from here on without graphs, whose pool stands beside what evaluations need.
+            self._graphs, self._takes_graphs = None, False
+            raise
 
     def _draw_seed(self) -> int:
         """The number that this forward's dropout masks come from."""

@@ -102,7 +102,8 @@ def quantize_rows_reference(x: Tensor, columns: Tensor | None = None, multiple: 
     if not wide.numel():
         return wide.to(FP8), wide.new_ones(len(wide), 1)
     largest = wide.abs().amax(1, keepdim=True).clamp(min=_LEAST)
-    return (wide * (LARGEST / largest)).to(FP8), largest / LARGEST
+    most = largest.new_tensor(LARGEST)  # by a plain number a GPU multiplies with its rounded inverse
+    return (wide * (most / largest)).to(FP8), largest / most
 
 
 def transpose_reference(values: Tensor) -> Tensor:
