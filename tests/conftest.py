@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,20 @@ def tutorial_data() -> Path:
     if not path.is_file():
         pytest.skip(f"the tutorial's data is not at {path}; name it with LORIKIT_TUTORIAL_DATA")
     return path
+
+
+@pytest.fixture
+def lorikit(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
+    """The command line: called with its arguments it gives exit code, stdout and stderr."""
+    from lorikit.cli import main
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

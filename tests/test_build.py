@@ -36,17 +36,6 @@ def pairs(result):
     return [(row["instruction"], row["output"]) for row in result.rows]
 
 
-@pytest.fixture
-def lorikit(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
-
-
 # Scripts
 
 

@@ -38,17 +38,6 @@ def run_yaml(model, tmp_path):
     return path
 
 
-@pytest.fixture
-def lorikit(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
-
-
 def test_train_prints_the_run_folder_and_flags_win(lorikit, run_yaml, tmp_path):
     code, out, err = lorikit("train", run_yaml, "--lora.r", "3", "--train.seed=7")
     assert (code, out.strip()) == (0, str(tmp_path / "out"))

@@ -37,17 +37,6 @@ def here(model, tmp_path):
     return SimpleNamespace(rows=rows, yaml=path, out=out)
 
 
-@pytest.fixture
-def lorikit(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
-
-
 def test_plan_prints_engine_steps_memory_and_time_and_writes_nothing(lorikit, here):
     code, out, err = lorikit("plan", here.yaml)
     assert (code, err) == (0, "")
