@@ -9,7 +9,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorikit.cli import main
 from lorikit.config import DataConfig, load_config
 from lorikit.data.build import build, read_materials, run_yaml, speakers
 from lorikit.data.faq import read_faq

@@ -8,7 +8,6 @@ import sys
 import pytest
 import yaml
 
-from lorikit.cli import main
 from tiny_model import save_model, save_run
 
 ROWS = [{"instruction": f"What is {k}?", "input": "", "output": f"It is {k}."} for k in range(12)]

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from hollow_model import LLAMA3_8B, save_hollow
-from lorikit.cli import main
 from tiny_model import byte_level_tokenizer, save_model
 
 ROWS = [{"instruction": f"What is {k}?", "input": "", "output": f"It is {k}."} for k in range(12)]
