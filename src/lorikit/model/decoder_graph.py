@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -183,22 +184,29 @@ class StepGraphs:
             self._thread = None
 
     def _capture_all(self, compute: Compute, upcoming: Iterator[tuple[Bucket, Callable[[], Inputs]]]) -> None:
-        with (
-            torch.cuda.device(self._device),
-            suppress(RuntimeError, MemoryError),
-        ):  # the caller will meet it where it matters
-            for bucket, fill in upcoming:
-                if self._leave.is_set():
-                    return
-                if bucket not in self._graphs:
-                    filled = fill()
-                    with self._lock:
-                        self._add(compute, bucket, filled)
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                ones = torch.ones(16, 16, dtype=torch.bfloat16, device=self._device)
+                _ = ones @ ones  # cuBLAS has a handle for each thread, which no capture can make
+            with torch.cuda.device(self._device):
+                for bucket, fill in upcoming:
+                    if self._leave.is_set():
+                        return
+                    if bucket not in self._graphs:
+                        filled = fill()
+                        with self._lock:
+                            self._add(compute, bucket, filled)
+        except (RuntimeError, MemoryError) as error:  # what matters of it the caller will meet when it needs a graph
+            warnings.warn(f"CUDA graphs are captured when they are needed: {error}", stacklevel=2)
 
     def _add(self, compute: Compute, bucket: Bucket, filled: Inputs) -> None:
         if bucket not in self._graphs:
             begun = time.perf_counter()
-            self._graphs[bucket] = self._capture(compute, bucket, filled)
+            try:
+                self._graphs[bucket] = self._capture(compute, bucket, filled)
+            except (RuntimeError, MemoryError):
+                self._pool = torch.cuda.graph_pool_handle()  # a capture that failed may never let go of its own
+                raise
             self.capture_seconds += time.perf_counter() - begun
 
     def _capture(self, compute: Compute, bucket: Bucket, filled: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs]:
