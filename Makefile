@@ -27,7 +27,7 @@ demo: $(VENV)/.ready-demo
 	@$(RUN) examples/demo.py
 
 test: check
-	@$(RUN) -m pytest -q
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
 check: $(VENV)/.ready-test
 	@$(RUN) -m ruff check .

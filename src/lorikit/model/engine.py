@@ -6,7 +6,7 @@ outside `model/` uses only these names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,11 +71,6 @@ class Engine(Protocol):
     def prepare(self, batch: Batch) -> Callable[[], Tensor]:
         """What `add_gradient` does on the host is done now, while the device may be busy; calling the result does the
         rest."""
-        ...
-
-    def foresee(self, batches: Iterable[Batch]) -> None:
-        """Batches that will come, in this order, until the next call or `train`; an engine may get ready for them meanwhile,
-        taking them one by one in a thread of its own."""
         ...
 
     def add_gradient(self, batch: Batch) -> Tensor:

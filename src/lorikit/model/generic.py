@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -71,9 +71,6 @@ class GenericEngine:
     def prepare(self, batch: Batch) -> Callable[[], Tensor]:
         """Nothing is done ahead."""
         return partial(self.add_gradient, batch)
-
-    def foresee(self, batches: Iterable[Batch]) -> None:
-        """Nothing can be got ready."""
 
     def add_gradient(self, batch: Batch) -> Tensor:
         """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
