@@ -160,12 +160,18 @@ def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA GPU, else Apple's, else the CPU. ConfigError for one that is not there."""
+    """`auto` is the first CUDA GPU (of several processes each its own), else Apple's, else the CPU.
+
+    ConfigError for one that is not there.
+    """
     import torch
 
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda:0" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        # Of several processes each has chosen its GPU before; asking would start CUDA where nobody did.
+        begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        number = torch.cuda.current_device() if begun else 0
+        return torch.device(f"cuda:{number}" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
