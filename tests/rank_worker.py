@@ -45,7 +45,7 @@ def main():
     run, kind, more = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     dropout = more.pop("dropout", 0.0)
     try:
-        with join() as ranks, Signals() as signals:
+        with Signals() as signals, join(signals) as ranks:
             report = Report(Console(file=sys.stderr, width=200)) if ranks.first else silent()
             if ranks.first:
                 run.mkdir(exist_ok=True)

@@ -82,10 +82,10 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        told = torch.empty(self.size * len(values), dtype=values.dtype, device=values.device)
+        told = torch.empty(self.size, len(values), dtype=values.dtype, device=values.device)
         with _watched():
-            dist.all_gather_into_tensor(told, values)
-        return told.view(self.size, len(values))
+            dist.all_gather(list(told), values)
+        return told
 
     def numbers(self, *values: float) -> list[tuple[float, ...]]:
         """These numbers of every rank, in the order of ranks; float64."""
@@ -173,7 +173,7 @@ def speaks() -> bool:
 
 
 @contextmanager
-def join() -> Iterator[Ranks]:
+def join(signals: Signals) -> Iterator[Ranks]:
     """This process among those that torchrun started with it, connected while the block runs; alone without torchrun.
 
     On GPUs each rank takes the one of its local rank. An error that a user can cause ends all ranks with its exit code and
@@ -189,8 +189,10 @@ def join() -> Iterator[Ranks]:
     try:
         yield ranks
     except LorikitError as error:
+        signals.hold()
         _end_as_one(ranks, error)
     except LostRank as lost:
+        signals.hold()
         if dist.group.WORLD is not None and torch.cuda.is_available():
             with suppress(RuntimeError):
                 dist.group.WORLD.abort()  # or the end of this process would wait for the one that is gone

@@ -14,6 +14,7 @@ from lorikit.data.encode import Encoder
 from lorikit.data.view import visible
 from lorikit.errors import ConfigError
 from lorikit.hub import Resolved, resolve_data, resolve_model
+from lorikit.model.engine import Engine
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
 from lorikit.train.distributed import Ranks, join
 from lorikit.train.metrics import check_trackers, peak_memory
@@ -38,7 +39,7 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
 
     Raises ConfigError, DataError, ModelError, DivergedError, OutOfMemoryError, DiskError, and Interrupted after a signal.
     """
-    with join() as ranks, Signals() as signals, open_run_of(config, ranks) as run:
+    with Signals() as signals, join(signals) as ranks, open_run_of(config, ranks) as run:
         report = (report or Report()) if ranks.first else silent()
         # 1. Is there anything to do?
         if ranks.text(is_finished(run)):
@@ -61,13 +62,7 @@ def train(config: RunConfig, *, report: Report | None = None) -> Path:
         signals.check()
 
         # 4. The base and its new adapter.
-        engine = load_engine(
-            config.model,
-            base,
-            new_adapter=config.lora,
-            seed=config.train.seed,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-        )
+        engine = _load_engine(config, base)
         signals.check()
 
         # 5. The newest checkpoint, if the run was cut off.
@@ -116,6 +111,17 @@ def open_run_of(config: RunConfig, ranks: Ranks) -> Iterator[Path]:
                 ) from None
             raise
         yield run
+
+
+def _load_engine(config: RunConfig, base: Resolved) -> Engine:
+    train = config.train
+    return load_engine(
+        config.model,
+        base,
+        new_adapter=config.lora,
+        seed=train.seed,
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
 
 
 def _predict(training: Training, base: Resolved) -> dict[str, Any] | None:
