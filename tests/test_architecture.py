@@ -87,6 +87,7 @@ LAYERS = [
         "lorikit.model.flash_attention_4",
         "lorikit.model.packed_attention",
         "lorikit.model.sampling",
+        "lorikit.model.sharded",
         "lorikit.model.streaming",
     ],
     [

@@ -42,6 +42,7 @@ class DecoderEngine:
 
     name = "decoder"
     choice = ""
+    sharded = False
 
     def __init__(
         self,

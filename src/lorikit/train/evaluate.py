@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from lorikit.data.encode import Encoder
-from lorikit.data.pack import pack
+from lorikit.data.pack import pack, split_step
 from lorikit.data.values import Example, Message
 from lorikit.model.engine import Engine, Sampling
 from lorikit.train.distributed import AgreedSignals, Ranks, lengths_of
-from lorikit.train.optim import Budget
+from lorikit.train.optim import Budget, num_forwards
 from lorikit.train.signals import Signals
 
 _BLOCK = 256  # rows packed at a time
@@ -45,6 +45,12 @@ def held_out_loss(
             rows = examples[start : start + size]
             part = ranks.share(rows, lengths_of(rows))
             block.clear()
+            if engine.sharded:
+                idle = num_forwards(ranks, rows, budget.max_tokens) - (
+                    len(split_step(part, budget.max_tokens)) if part else 0
+                )
+                for _ in range(idle):
+                    engine.token_losses(pack(rows[:1]))
             if part:
                 budget.run(part, block.clear, forward)
             sums.append(math.fsum(block))

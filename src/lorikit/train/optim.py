@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -24,7 +24,7 @@ from lorikit.data.values import Example
 from lorikit.errors import OutOfMemoryError
 from lorikit.model.engine import Engine
 from lorikit.train.adamw import AdamW
-from lorikit.train.distributed import LAST_ERROR, AgreedSignals, Ranks, Told, add_gradients, tell
+from lorikit.train.distributed import LAST_ERROR, AgreedSignals, Ranks, Told, add_gradients, deal, lengths_of, tell
 from lorikit.train.metrics import peak_memory
 
 
@@ -93,8 +93,9 @@ def derived_seed(seed: int, purpose: str, number: int) -> int:
 class Budget:
     """Most tokens in one forward; halved, for the rest of the run, when the device runs out of memory."""
 
-    def __init__(self, max_tokens: int, say: Callable[[str], None]) -> None:
-        self.max_tokens = max_tokens
+    def __init__(self, max_tokens: int, say: Callable[[str], None], *, fixed: bool = False) -> None:
+        """`fixed`: do not halve, for other processes count on the number of forwards."""
+        self.max_tokens, self.fixed = max_tokens, fixed
         self._say = say
 
     def run(
@@ -121,6 +122,11 @@ class Budget:
 
     def _halve(self, failed: list[Example]) -> None:
         tokens = sum(len(example.input_ids) for example in failed)
+        if self.fixed:
+            raise OutOfMemoryError(
+                f"out of memory at {tokens} tokens in one forward; set train.max_tokens_per_forward to half of it, "
+                "train.gradient_checkpointing, or take more GPUs"
+            )
         if len(failed) == 1:
             raise OutOfMemoryError(
                 f"{failed[0].source}: one row of {tokens} tokens does not fit into memory; lower data.max_length, "
@@ -148,6 +154,8 @@ class Prepared:
     examples: Sequence[Example]
     max_tokens: int
     calls: Sequence[Callable[[], torch.Tensor]]
+    idle: Sequence[Callable[[], torch.Tensor]] = ()
+    """Forwards and backwards for nothing, where a sharded base needs as many of every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +221,22 @@ def prepare_step(engine: Engine, examples: Sequence[Example], budget: Budget) ->
     return Prepared(examples, budget.max_tokens, [engine.prepare(pack(share)) for share in shares])
 
 
+def prepare_part(engine: Engine, ranks: Ranks, rows: Sequence[Example], budget: Budget) -> Prepared:
+    """As `prepare_step` for this rank's part of `rows`."""
+    step = prepare_step(engine, ranks.share(rows, lengths_of(rows)), budget)
+    if not engine.sharded:
+        return step
+    missing = num_forwards(ranks, rows, budget.max_tokens) - len(step.calls)
+    shortest = min(rows, key=lambda row: len(row.input_ids))
+    return replace(step, idle=[engine.prepare(pack([shortest])) for _ in range(missing)])
+
+
+def num_forwards(ranks: Ranks, rows: Sequence[Example], max_tokens: int) -> int:
+    """Most forwards that a rank needs for its part of `rows`."""
+    parts = [[rows[k] for k in part] for part in deal(lengths_of(rows), ranks.size)]
+    return max(len(split_step(part, max_tokens)) for part in parts if part)
+
+
 def compute_gradient(engine: Engine, step: Prepared, budget: Budget, *, dropout_seed: int) -> Gradient:
     """Fill `.grad` of the adapter with the gradient of the loss summed over the labelled tokens of a step.
 
@@ -233,6 +257,8 @@ def compute_gradient(engine: Engine, step: Prepared, budget: Budget, *, dropout_
         call = step.calls[len(losses)] if as_prepared else engine.prepare(pack(share))
         losses.append(call())
 
+    for call in step.idle:
+        call()
     if not step.examples:  # of one rank among more ranks than rows
         begin()
         return Gradient(torch.zeros((), device=engine.device), 0, 0)
@@ -289,6 +315,8 @@ def _begin_shared(
     try:
         gradient = compute_gradient(engine, step, budget, dropout_seed=dropout_seed)
     except OutOfMemoryError as error:
+        if engine.sharded:  # the others wait in the middle of a forward: this is the end
+            raise
         assert ranks.store is not None
         ranks.store.set(f"{LAST_ERROR}/{ranks.rank}", str(error))
         gradient, failed = Gradient(torch.zeros((), device=engine.device), 0, 0), True

@@ -36,7 +36,7 @@ from lorikit.train.optim import (
     derived_seed,
     is_out_of_memory,
     plan_steps,
-    prepare_step,
+    prepare_part,
 )
 from lorikit.train.progress import Report
 from lorikit.train.run_folder import ADAPTER_FOLDER, METRICS, write_config
@@ -82,9 +82,9 @@ class Training:
         self.base_name, self.base_revision = base_name, base_revision
         self.plan = plan_steps(config.train, len(rows))
         self.optimizer = make_optimizer(engine, config.train)
-        self.budget = Budget(
-            config.train.max_tokens_per_forward or self._best_tokens(), self.ranks.say(self.report.say)
-        )
+        say = self.ranks.say(self.report.say)
+        most = config.train.max_tokens_per_forward or self._best_tokens()
+        self.budget = Budget(most, say, fixed=engine.sharded)
         self.state = State()
         self._ahead: InFlight | None = None
 
@@ -188,7 +188,7 @@ class Training:
 
     def _begin(self, step: int) -> InFlight:
         purpose = f"dropout of rank {self.ranks.rank}" if self.ranks.rank else "dropout"
-        prepared = prepare_step(self.engine, self._share_of(step), self.budget)
+        prepared = prepare_part(self.engine, self.ranks, self._rows_of(step), self.budget)
         seed, rate = derived_seed(self.config.train.seed, purpose, step), self.plan.learning_rate(step)
         given = self.engine, self.optimizer, prepared, self.budget
         if isinstance(self.signals, AgreedSignals):
@@ -288,9 +288,10 @@ class Training:
         if not isinstance(self.signals, AgreedSignals):
             return answers(self.engine, encoder, prompts, most, self.signals.check)
         found: list[dict[str, str]] = []
-        if self.ranks.first:
+        if self.ranks.first or self.engine.sharded:  # whose forwards take all ranks, to the end
+            check = (lambda: None) if self.engine.sharded else self.signals.own.check
             with suppress(Interrupted):  # which the others hear of next
-                found = answers(self.engine, encoder, prompts, most, self.signals.own.check)
+                found = answers(self.engine, encoder, prompts, most, check)
         self.signals.agree()
         self.signals.check()
         return found
