@@ -11,8 +11,12 @@ stays whole on each process; its gradient is summed by train/distributed.py. All
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+import ctypes
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAPS = ("shard", "shard-offload")
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def is_sharded(config: ModelConfig) -> bool:
@@ -53,6 +59,8 @@ def load(config: ModelConfig, folder: Path, name: str, dtype: torch.dtype, devic
         )
     if config.quantization != "none":
         raise ConfigError(f"model.device_map {config.device_map} and model.quantization are both set: keep one")
+    if device.type == "cpu":
+        _return_memory()
     trust = config.trust_remote_code
     values = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust, local_files_only=True)
     with init_empty_weights(include_buffers=False):  # what is computed from settings, such as RoPE's angles, is made
@@ -98,22 +106,17 @@ def _fill(model: Any, folder: Path, name: str, mesh: DeviceMesh, device: torch.d
     buffers = model.state_dict().keys() - empty.keys()
     rank, size = mesh.get_local_rank(), mesh.size()
     filled: dict[int, nn.Parameter] = {}  # by the parameter it replaces: tied weights are one
-    state: dict[str, Any] = {}
-    with ExitStack() as stack:
-        slices = _open(folder, stack)
-        for key, old in empty.items():
-            if id(old) not in filled and key in slices:
-                found = slices[key]
-                if tuple(found.get_shape()) != tuple(old.shape):
-                    raise ModelError(f"{name}: {key} is {tuple(found.get_shape())} in its file, not {tuple(old.shape)}")
-                start, end = rows_of(old.shape[0], rank, size)
-                local = found[start:end].to(device=device, dtype=old.dtype)
-                whole = DTensor.from_local(
-                    local, mesh, [Shard(0)], run_check=False, shape=old.shape, stride=old.stride()
-                )
-                filled[id(old)] = nn.Parameter(whole, requires_grad=False)
-        state = {key: filled[id(old)] for key, old in empty.items() if id(old) in filled}
-        state |= {key: slices[key][:] for key in buffers if key in slices}
+    stored = _stored(folder)
+    for key, old in empty.items():
+        if id(old) not in filled and key in stored:
+            found = stored[key]
+            if found.shape != tuple(old.shape):
+                raise ModelError(f"{name}: {key} is {found.shape} in its file, not {tuple(old.shape)}")
+            local = found.read(*rows_of(old.shape[0], rank, size)).to(device=device, dtype=old.dtype)
+            whole = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=old.shape, stride=old.stride())
+            filled[id(old)] = nn.Parameter(whole, requires_grad=False)
+    state: dict[str, Any] = {key: filled[id(old)] for key, old in empty.items() if id(old) in filled}
+    state |= {key: stored[key].read(0, stored[key].shape[0]) for key in buffers if key in stored and stored[key].shape}
     missing = sorted(empty.keys() - state.keys())
     if missing:
         more = " and more" if len(missing) > 3 else ""
@@ -124,18 +127,50 @@ def _fill(model: Any, folder: Path, name: str, mesh: DeviceMesh, device: torch.d
     model.load_state_dict(state, assign=True, strict=False)
 
 
-def _open(folder: Path, stack: ExitStack) -> Mapping[str, Any]:
-    """Every tensor of the folder's safetensors as something of which rows can be read."""
-    from safetensors import SafetensorError, safe_open
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a safetensors file, whose rows can be read without the others. No mmap: its pages would count as memory."""
 
-    found: dict[str, Any] = {}
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, first: int, end: int) -> Tensor:
+        """Rows `first` to `end`, copied."""
+        width = math.prod(self.shape[1:])
+        if first == end or not width:
+            return torch.empty(end - first, *self.shape[1:], dtype=self.dtype)
+        data = bytearray((end - first) * width * self.dtype.itemsize)
+        with self.path.open("rb") as file:
+            file.seek(self.start + first * width * self.dtype.itemsize)
+            if file.readinto(data) != len(data):
+                raise ModelError(f"{self.path}: cut off; download the model again")
+        return torch.frombuffer(data, dtype=self.dtype).view(end - first, *self.shape[1:])
+
+
+def _stored(folder: Path) -> dict[str, _Stored]:
+    """Every tensor in the safetensors of a folder. Format: 8 bytes with the header's length, the header in JSON, the data."""
+    found: dict[str, _Stored] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: damaged or cut off ({error}); download the model again") from None
-        found |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, path.stat().st_size)))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin = 8 + length + int(entry["data_offsets"][0])
+                found[name] = _Stored(path, begin, tuple(entry["shape"]), _TYPES[entry["dtype"]])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path}: damaged, or of a type that cannot be sharded ({error!r})") from None
     return found
+
+
+def _return_memory() -> None:
+    """Have glibc give the layers of a CPU back to the system when they are dropped, as a GPU's allocator reuses them: by itself
+    it learns from the first one to keep blocks of that size, in pieces."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def held_bytes(model: nn.Module) -> int:
