@@ -47,8 +47,7 @@ def main():
     try:
         with Signals() as signals, join(signals) as ranks:
             report = Report(Console(file=sys.stderr, width=200)) if ranks.first else silent()
-            if ranks.first:
-                run.mkdir(exist_ok=True)
+            run.mkdir(exist_ok=True)
             training = Training(
                 settings(run, **more),
                 run,
