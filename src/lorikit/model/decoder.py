@@ -43,6 +43,7 @@ class DecoderEngine:
 
     name = "decoder"
     choice = ""
+    sharded = False
 
     def __init__(
         self,

@@ -113,6 +113,9 @@ class Engine(Protocol):
     choice: str
     """Why this engine was taken and not the other, for the person who trains; empty where there is nothing to say."""
 
+    sharded: bool
+    """Whether the base is shared by the processes of the run, which must then run equally many forwards."""
+
     def loss_sum(self, batch: Batch) -> Tensor:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
         ...
