@@ -121,7 +121,8 @@ LAYERS = [
         "lorikit.train.storage",
         "lorikit.train.training",
     ],
-    ["lorikit.__main__", "lorikit.cli", "lorikit.cli_data", "lorikit.doctor"],
+    ["lorikit.export", "lorikit.export.fold", "lorikit.export.merge", "lorikit.export.proof"],
+    ["lorikit.__main__", "lorikit.cli", "lorikit.cli_data", "lorikit.cli_export", "lorikit.doctor"],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 HEAVY = ["torch", "transformers", "peft", "numpy", "pyarrow", "modelscope", "huggingface_hub", "tokenizers"]
