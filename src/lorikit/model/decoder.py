@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 
 from lorikit.data.values import Batch
 from lorikit.model import decoder_loss
-from lorikit.model.decoder_adapter import Adapter
+from lorikit.model.decoder_adapter import Adapter, read_adapter
 from lorikit.model.decoder_batch import Packed, cut_to_labels, lay_out
 from lorikit.model.decoder_config import DecoderShape, inverse_frequencies
-from lorikit.model.decoder_generate import stream_tokens
+from lorikit.model.decoder_generate import DecoderDecoding, stream_tokens
 from lorikit.model.decoder_graph import Bucket, Inputs, StepGraphs, bucket_of, fill_bucket
 from lorikit.model.decoder_layer import Layer, Step, run_layer
 from lorikit.model.decoder_memory import Keep, choose
 from lorikit.model.decoder_offload import HostCopies
 from lorikit.model.decoder_weights import Weights
-from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
+from lorikit.model.engine import ADAPTER, BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
 from lorikit.model.packed_attention import attend, is_varlen
 
 GRAPH_TOKENS = 8192  # in larger batches the GPU computes longer than Python takes to start its kernels
@@ -62,6 +63,7 @@ class DecoderEngine:
         self._tables: dict[int, Tensor] = {}  # none is ever freed: captured graphs go on reading theirs
         self._graphs: StepGraphs | None = None
         self._upcoming: Iterator[Batch] | None = None
+        self._others: dict[str, Adapter] = {}  # added after loading, by name; "default" here replaces the first one
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
         self._takes_graphs = graphs and is_varlen(weights.embed, shape.head_dim)
 
@@ -157,7 +159,39 @@ class DecoderEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
     ) -> Generator[Token]:
         """Tokens as they come, each naming its prompt; ends when every prompt has a Token with `finish` set."""
-        yield from stream_tokens(self, prompts, sampling, stop_ids)
+        name = None if self.adapter is None or self.layers is self._plain else ADAPTER
+        yield from stream_tokens(self, prompts, sampling, stop_ids, name)
+
+    def decoding(self, num_slots: int, max_length: int) -> DecoderDecoding:
+        """A place for `num_slots` requests at a time of at most `max_length` tokens each; OutOfMemoryError where it does
+        not fit."""
+        return DecoderDecoding(self, num_slots, max_length)
+
+    def adapter_names(self) -> list[str]:
+        """Names of the loaded adapters, "default" first where the engine was loaded with one."""
+        own = [] if self.adapter is None else [ADAPTER]
+        return own + [name for name in self._others if name != ADAPTER]
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load the PEFT adapter in `folder` beside the others, or in place of the one with this name; ModelError lists what
+        does not fit."""
+        # On a CPU adapters compute in float32 whatever the base is, as in peft.
+        dtype = self.weights.embed.dtype if self.device.type == "cuda" else torch.float32
+        self._others[name] = read_adapter(folder, self.shape, self.device, dtype)
+
+    def adapter_named(self, name: str | None) -> Adapter | None:
+        """A loaded adapter, up to date in its compute type; None for the base."""
+        if name is None:
+            return None
+        found = self._others.get(name, self.adapter if name == ADAPTER else None)
+        assert found is not None, f"no adapter {name}"
+        found.refresh()
+        return found
+
+    def layers_with(self, name: str | None) -> list[Layer]:
+        """The layers with a loaded adapter, or the base's."""
+        adapter = self.adapter_named(name)
+        return self._plain if adapter is None else self._adapted(adapter)
 
     @torch.no_grad()
     def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
