@@ -80,9 +80,20 @@ class Job:
 class Form(Protocol):
     """How one of the two kinds of completion writes its choices."""
 
-    prefix: str
-    whole: str
-    chunk: str
+    @property
+    def prefix(self) -> str:
+        """Of the answer's id."""
+        ...
+
+    @property
+    def whole(self) -> str:
+        """What an answer is called."""
+        ...
+
+    @property
+    def chunk(self) -> str:
+        """What a chunk is called."""
+        ...
 
     def choice(self, number: int, text: str, logprobs: list[dict[str, Any]], finish: str | None) -> dict[str, Any]:
         """One choice of a whole answer."""
@@ -193,7 +204,7 @@ class Answering:
         param: str,
     ) -> Job:
         stops = asked.stops()
-        requests = []
+        requests: list[Request] = []
         for ids in prompts:
             room = self.max_length - len(ids)
             if not ids:

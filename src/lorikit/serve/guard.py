@@ -37,7 +37,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {name: value for name, value in reversed(scope["headers"])}
+        headers = dict(reversed(scope["headers"]))
         try:
             self._check(scope, headers)
         except ApiError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Mapping
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _HELP = {
@@ -32,7 +33,7 @@ class Metrics:
         buckets[bisect_left(SECONDS, seconds)] += 1
         total[0] += seconds
 
-    def text(self, gauges: dict[str, float]) -> str:
+    def text(self, gauges: Mapping[str, float]) -> str:
         """Everything, and these values of the moment."""
         lines: list[str] = []
         for name, values in self._counts.items():
@@ -47,8 +48,8 @@ class Metrics:
                 seen += number
                 lines.append(f'{name}_bucket{{le="{edge}"}} {seen}')
             lines += [f"{name}_sum {total[0]:.6f}", f"{name}_count {seen}"]
-        for name, value in gauges.items():
-            lines += [f"# TYPE {name} gauge", f"{name} {value:g}"]
+        for name, now in gauges.items():
+            lines += [f"# TYPE {name} gauge", f"{name} {now:g}"]
         return "\n".join(lines) + "\n"
 
 

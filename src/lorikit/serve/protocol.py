@@ -88,17 +88,17 @@ class _Sampled(_Strict):
     """What both kinds of completion have."""
 
     model: str
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 and -1 are off")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1, description="0 and -1 are off")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: Stop | list[Stop] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -131,9 +131,9 @@ class ChatRequest(_Sampled):
     """POST /v1/chat/completions"""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -160,7 +160,7 @@ class CompletionRequest(_Sampled):
     """POST /v1/completions: the prompt goes on, without a chat template; text is never a control token."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
-    logprobs: int | None = Field(None, ge=0, le=_TOP_COMPLETION_LOGPROBS)
+    logprobs: int | None = Field(default=None, ge=0, le=_TOP_COMPLETION_LOGPROBS)
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
     best_of: Literal[1] | None = None
@@ -178,11 +178,11 @@ class TutorialRequest(_Strict):
     """POST / as the tutorial's FastAPI examples have it. `history` holds [question, answer] pairs or messages."""
 
     prompt: str = Field(min_length=1)
-    history: list[tuple[str, str] | ChatMessage] | None = Field(None, max_length=10_000)
-    max_length: int | None = Field(None, ge=1, le=2**31 - 1, description="longest answer in tokens")
-    max_new_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    history: list[tuple[str, str] | ChatMessage] | None = Field(default=None, max_length=10_000)
+    max_length: int | None = Field(default=None, ge=1, le=2**31 - 1, description="longest answer in tokens")
+    max_new_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
 
     def chat(self, model: str) -> ChatRequest:
         """The same as a chat request."""
