@@ -11,6 +11,8 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from lorikit.serve.protocol import ApiError
 
 Scope = MutableMapping[str, Any]
@@ -80,7 +82,7 @@ def _counted(receive: Receive) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY:,} bytes", code="too_large")
+            raise HTTPException(413, f"the body is larger than {MAX_BODY:,} bytes")  # FastAPI lets its own pass
         return message
 
     return counted
@@ -93,7 +95,7 @@ async def _refuse(error: ApiError, send: Send) -> None:
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]
-    headers += [(name.encode(), value.encode()) for name, value in extra_headers(error).items()]
+    headers += [(name.lower().encode(), value.encode()) for name, value in extra_headers(error).items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lorikit.data.values import Message, answer_message
 from lorikit.model.engine import Sampling
@@ -18,7 +18,16 @@ MAX_CHOICES, MAX_TOP_LOGPROBS, MAX_STOPS = 16, 20, 16
 MAX_NEW_TOKENS = Sampling().max_new_tokens
 _TOP_COMPLETION_LOGPROBS = 5
 
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+def _unicode(text: str) -> str:
+    """Half of a surrogate pair, which JSON can write, is no text."""
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("holds half of a surrogate pair, which is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
 class ApiError(Exception):
@@ -26,7 +35,8 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message, self.param = _printable(message), param and _printable(param)
 
     def body(self) -> dict[str, Any]:
         """{"error": {...}}"""
@@ -41,6 +51,10 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -49,16 +63,16 @@ class TextPart(_Strict):
     """The only kind of content part that a text model takes."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-    reasoning_content: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
+    reasoning_content: Text | None = None
     refusal: None = None
 
     def message(self) -> Message:
@@ -87,7 +101,7 @@ class ResponseFormat(_Strict):
 class _Sampled(_Strict):
     """What both kinds of completion have."""
 
-    model: str
+    model: Text
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1, description="0 and -1 are off")
@@ -159,7 +173,7 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """POST /v1/completions: the prompt goes on, without a chat template; text is never a control token."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
     logprobs: int | None = Field(default=None, ge=0, le=_TOP_COMPLETION_LOGPROBS)
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
@@ -177,8 +191,8 @@ class CompletionRequest(_Sampled):
 class TutorialRequest(_Strict):
     """POST / as the tutorial's FastAPI examples have it. `history` holds [question, answer] pairs or messages."""
 
-    prompt: str = Field(min_length=1)
-    history: list[tuple[str, str] | ChatMessage] | None = Field(default=None, max_length=10_000)
+    prompt: Text = Field(min_length=1)
+    history: list[tuple[Text, Text] | ChatMessage] | None = Field(default=None, max_length=10_000)
     max_length: int | None = Field(default=None, ge=1, le=2**31 - 1, description="longest answer in tokens")
     max_new_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     temperature: float | None = Field(default=None, ge=0, le=2)
