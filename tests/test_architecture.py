@@ -126,7 +126,7 @@ LAYERS = [
         "lorikit.train.storage",
         "lorikit.train.training",
     ],
-    ["lorikit.export", "lorikit.export.fold", "lorikit.export.merge", "lorikit.export.proof"],
+    ["lorikit.export", "lorikit.export.fold", "lorikit.export.merge", "lorikit.export.ollama", "lorikit.export.proof"],
     [
         "lorikit.serve",
         "lorikit.serve.answers",

@@ -192,7 +192,7 @@ def test_vllm_is_started_with_the_same_names_rank_and_template_and_no_key(made, 
     encoder = open_run(made / "run", device="cpu").encoder
     run = shutil.copytree(made / "run", tmp_path / "run")
     encoder.save_tokenizer(run / "adapter")
-    arguments = vllm.command(place_runs([str(run), f"b={made / 'run'}"]), "127.0.0.1", 9000, 2048, [])
+    arguments = vllm.command(place_runs([str(run), f"b={made / 'run'}"]), "127.0.0.1", 9000, 2048)
     assert arguments[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     flags = dict(pairwise(arguments))
     assert flags["--model"] == str(made / "base") and flags["--served-model-name"] == "base"
@@ -225,4 +225,4 @@ def test_what_vllm_would_refuse_is_known_before(values, problem, made, tmp_path)
         path = run / "adapter" / lora.CONFIG
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
         with pytest.raises(ModelError, match=problem):
-            vllm.command(place_runs([str(run)]), "127.0.0.1", 1, None, [])
+            vllm.command(place_runs([str(run)]), "127.0.0.1", 1, None)

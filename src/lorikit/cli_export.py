@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorikit.cli_data import Force, Json, print_json, say
+from lorikit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorikit.export.merge import Merged
 
 
 def merge(
@@ -39,7 +43,52 @@ def merge(
     """
     from lorikit.export.merge import merge as fold
 
-    merged = fold(run, output, dtype=dtype, device=device, force=force, say=say, done=_tensors)
+    _tell(fold(run, output, dtype=dtype, device=device, force=force, say=say, done=_tensors), as_json=as_json)
+
+
+def export(
+    run: str,
+    /,
+    *,
+    to: str,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    dtype: str = "auto",
+    device: str = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write RUN in the form of another program: ollama, a merged model with a Modelfile that has its chat template.
+
+    Merged and proven as `lorikit merge` does; then: ollama create NAME -f DIR/Modelfile
+
+    Parameters
+    ----------
+    run
+        A run folder, a checkpoint, a PEFT adapter folder.
+    to
+        ollama. For gguf, merge, and give the folder to llama.cpp's convert_hf_to_gguf.py.
+    output
+        The folder to write; it appears when it is complete and proven.
+    dtype
+        auto (as the base is stored), bfloat16, float16 or float32.
+    device
+        Where it is compared: auto, cpu, cuda, cuda:N or mps.
+    """
+    if to == "gguf":
+        raise ConfigError(
+            "--to gguf: not written here; merge, and give the folder to llama.cpp's convert_hf_to_gguf.py"
+        )
+    if to != "ollama":
+        raise ConfigError(f"--to is {to!r}: ollama")
+    from lorikit.export.merge import merge as fold
+    from lorikit.export.ollama import write_modelfile
+
+    merged = fold(run, output, dtype=dtype, device=device, force=force, say=say, done=_tensors, beside=write_modelfile)
+    _tell(merged, as_json=as_json)
+    say(f"next: ollama create NAME -f {output / 'Modelfile'}")
+
+
+def _tell(merged: Merged, *, as_json: bool) -> None:
     for note in merged.notes:
         say(note)
     if as_json:

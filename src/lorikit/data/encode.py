@@ -107,6 +107,10 @@ class Encoder:
         cuts = _cuts(rendered, self._openings(shown))
         return self._safe.encode(rendered, standins, [*cuts.values(), len(rendered)]).ids
 
+    def render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        """The text of a conversation as the template shows it; `generate` opens the next assistant turn."""
+        return self._render(self._protected(self._fitted(messages), {}), generate=generate)
+
     def text_ids(self, text: str) -> list[int]:
         """The ids of plain text to go on with, after BOS where the model has one; none of it becomes a control token."""
         standins: dict[str, str] = {}

@@ -60,12 +60,14 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = lambda text: None,
     done: Callable[[int, int], None] = lambda done, total: None,
+    beside: Callable[[Path, Encoder], None] = lambda folder, encoder: None,
 ) -> Merged:
     """Fold the adapter of a run (or of a checkpoint or adapter folder) into its base and write the model to `output`.
 
     `dtype` auto stores every tensor in the base's own type; the fold is computed in float32. Raises ConfigError for a
     place that is taken, DiskError before anything is written where it would not fit, ModelError for an adapter that
-    cannot be merged or a merged model that does not answer as its adapter; then nothing is left at `output`.
+    cannot be merged or a merged model that does not answer as its adapter; then nothing is left at `output`. `beside` may
+    write more files into the folder before it appears, and raise.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}: {', '.join(DTYPES)}")
@@ -83,6 +85,7 @@ def merge(
     with new_folder(output) as staged:
         files = write_shards(staged, tensors, updates, dtype=dtype, shard_bytes=shard_bytes, done=done)
         _write_beside(staged, located, encoder, dtype)
+        beside(staged, encoder)
         proof = prove(located, encoder, staged, say, _coarsest(tensors, updates, dtype))
         if not proof.holds:
             raise ModelError(_refusal(proof, dtype))

@@ -17,6 +17,7 @@ from lorikit.model.engine import Sampling
 MAX_CHOICES, MAX_TOP_LOGPROBS, MAX_STOPS = 16, 20, 16
 MAX_NEW_TOKENS = Sampling().max_new_tokens
 _TOP_COMPLETION_LOGPROBS = 5
+_GREEDY_BELOW = 1e-3  # such a temperature takes the likeliest token all the same, and logits divided by it overflow
 
 
 def _unicode(text: str) -> str:
@@ -106,7 +107,7 @@ class _Sampled(_Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1, description="0 and -1 are off")
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=0.1, le=10)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: Stop | list[Stop] | None = None
@@ -129,6 +130,7 @@ class _Sampled(_Strict):
         """How the `choice`-th answer is drawn, with at most `longest` tokens and no more than there is `room` for."""
         own = Sampling()
         temperature = own.temperature if self.temperature is None else self.temperature
+        temperature = temperature if temperature > _GREEDY_BELOW else 0.0
         penalty = self.repetition_penalty or (1.0 if temperature == 0 else own.repetition_penalty)
         return Sampling(
             max_new_tokens=max(1, min(room, longest)),
@@ -192,7 +194,7 @@ class TutorialRequest(_Strict):
     """POST / as the tutorial's FastAPI examples have it. `history` holds [question, answer] pairs or messages."""
 
     prompt: Text = Field(min_length=1)
-    history: list[tuple[Text, Text] | ChatMessage] | None = Field(default=None, max_length=10_000)
+    history: list[tuple[Text, Text] | ChatMessage] | None = Field(default=None, max_length=2_000)
     max_length: int | None = Field(default=None, ge=1, le=2**31 - 1, description="longest answer in tokens")
     max_new_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     temperature: float | None = Field(default=None, ge=0, le=2)

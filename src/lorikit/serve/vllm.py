@@ -52,7 +52,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def command(placed: Mapping[str, Located], host: str, port: int, max_length: int | None, rest: list[str]) -> list[str]:
+def command(placed: Mapping[str, Located], host: str, port: int, max_length: int | None) -> list[str]:
     """The arguments that start vLLM's server for these runs. ModelError lists what vLLM would refuse.
 
     Models have the names that Lorikit's own server gives them. The key goes by VLLM_API_KEY, never by an argument.
@@ -81,7 +81,7 @@ def command(placed: Mapping[str, Located], host: str, port: int, max_length: int
     template = _template(first)
     arguments += ["--chat-template", str(template)] if template else []
     arguments += ["--max-model-len", str(max_length)] if max_length else []
-    return [*arguments, *rest]
+    return arguments
 
 
 def check_installed() -> None:
