@@ -55,6 +55,7 @@ LAYERS = [
     ],
     [
         "lorikit.model",
+        "lorikit.model.decode_graph",
         "lorikit.model.decoder",
         "lorikit.model.decoder_adapter",
         "lorikit.model.decoder_batch",
@@ -69,6 +70,7 @@ LAYERS = [
         "lorikit.model.decoder_offload",
         "lorikit.model.decoder_prefill",
         "lorikit.model.decoder_slots",
+        "lorikit.model.decoder_stack",
         "lorikit.model.decoder_weights",
         "lorikit.model.engine",
         "lorikit.model.frozen",
@@ -84,6 +86,7 @@ LAYERS = [
         "lorikit.model.kernels.lora_b",
         "lorikit.model.kernels.rmsnorm",
         "lorikit.model.kernels.rope",
+        "lorikit.model.kernels.row_lora",
         "lorikit.model.kernels.sums",
         "lorikit.model.kernels.swiglu",
         "lorikit.model.load",

@@ -65,6 +65,7 @@ class DecoderEngine:
         self._upcoming: Iterator[Batch] | None = None
         self._others: dict[str, Adapter] = {}  # added after loading, by name; "default" here replaces the first one
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
+        self.decode_graphs = graphs
         self._takes_graphs = graphs and is_varlen(weights.embed, shape.head_dim)
 
     def loss_sum(self, batch: Batch) -> Tensor:
@@ -169,8 +170,7 @@ class DecoderEngine:
 
     def adapter_names(self) -> list[str]:
         """Names of the loaded adapters, "default" first where the engine was loaded with one."""
-        own = [] if self.adapter is None else [ADAPTER]
-        return own + [name for name in self._others if name != ADAPTER]
+        return list(self.adapters())
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Load the PEFT adapter in `folder` beside the others, or in place of the one with this name; ModelError lists what
@@ -179,12 +179,16 @@ class DecoderEngine:
         dtype = self.weights.embed.dtype if self.device.type == "cuda" else torch.float32
         self._others[name] = read_adapter(folder, self.shape, self.device, dtype)
 
+    def adapters(self) -> dict[str, Adapter]:
+        """The loaded adapters by name."""
+        own = {} if self.adapter is None else {ADAPTER: self.adapter}
+        return own | self._others
+
     def adapter_named(self, name: str | None) -> Adapter | None:
         """A loaded adapter, up to date in its compute type; None for the base."""
         if name is None:
             return None
-        found = self._others.get(name, self.adapter if name == ADAPTER else None)
-        assert found is not None, f"no adapter {name}"
+        found = self.adapters()[name]
         found.refresh()
         return found
 

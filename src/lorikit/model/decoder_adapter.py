@@ -24,7 +24,7 @@ from lorikit.errors import ModelError
 from lorikit.model import lora
 from lorikit.model.decoder_config import LINEAR, DecoderShape, linear_name
 
-_GROUPS = (LINEAR[:3], LINEAR[3:4], LINEAR[4:6], LINEAR[6:])
+GROUPS = (LINEAR[:3], LINEAR[3:4], LINEAR[4:6], LINEAR[6:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ class Adapter:
             stack(*LINEAR[:3]),
             stack(query),
             stack(*key_value),
-            *(stack(*group) for group in _GROUPS[1:]),
+            *(stack(*group) for group in GROUPS[1:]),
         )
 
 
@@ -222,7 +222,7 @@ def _layout(shape: DecoderShape, names: set[str], rank: int) -> tuple[list[Slot]
     """A slot for each module in PEFT's order, and the size of the buffer. The A of a group stand together."""
     slots, end = [], 0
     for layer in range(shape.layers):
-        for group in _GROUPS:
+        for group in GROUPS:
             present = [(name, *shape.linear(name)) for name in group if linear_name(layer, name) in names]
             a = end
             b = a + sum(rank * inputs for _, _, inputs in present)

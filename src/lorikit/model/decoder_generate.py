@@ -1,8 +1,8 @@
 """Generation with the decoder: requests join and leave between steps, each step gives one token of every one of them.
 
 The prompts of those that join go packed through one forward (decoder_prefill.py), all others one token on
-(decoder_decode.py). On a GPU the chosen ids of a step are read while the next one is already computed, so the GPU never
-waits for Python; a request that stops has then one token computed in vain.
+(decoder_decode.py), on a GPU as a CUDA graph (decode_graph.py). There the chosen ids of a step are read while the next one is
+already computed, so that the GPU never waits for Python; a request that stops has then one token computed in vain.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorikit.model.decode_graph import DecodeGraphs, Modes
 from lorikit.model.decoder_adapter import Adapter
-from lorikit.model.decoder_decode import Grouped, decode_logits
+from lorikit.model.decoder_decode import Grouped, Products, decode_logits
 from lorikit.model.decoder_prefill import prefill
 from lorikit.model.decoder_slots import Slots
+from lorikit.model.decoder_stack import Stacked, Stacks, stack_adapters
 from lorikit.model.engine import Request, Sampling, Token
+from lorikit.model.kernels.launch import runs_kernel
 from lorikit.model.sampling import draw_seed, modes, next_tokens, values
 from lorikit.model.serial_decoding import check_request
 
@@ -87,8 +90,13 @@ class DecoderDecoding:
         self._waiting: deque[_Active] = deque()
         self._active: dict[int, _Active] = {}
         self._in_flight: deque[_Launched] = deque()
-        self._ahead = 1 if engine.device.type == "cuda" else 0
+        self._on_gpu = engine.device.type == "cuda"
+        self._ahead = 1 if self._on_gpu else 0
         self._next_number = 0
+        self._stacks: Stacks | None = None
+        self._stacked: dict[str, Adapter] = {}  # what the stacks were made of
+        graphs = self._on_gpu and engine.decode_graphs and runs_kernel(engine.weights.embed)
+        self._graphs = DecodeGraphs(self._compute, num_slots, engine.device) if graphs else None
 
     @property
     def num_active(self) -> int:
@@ -133,6 +141,7 @@ class DecoderDecoding:
         self._waiting.clear()
         self._active.clear()
         self._in_flight.clear()
+        self._graphs = self._stacks = None
         del self._slots
 
     @torch.no_grad()
@@ -154,7 +163,7 @@ class DecoderDecoding:
                 active.launched += 1
         ids = torch.cat([chosen for _, _, chosen in parts]).to("cpu", non_blocking=True)
         ready = None
-        if self._engine.device.type == "cuda":
+        if self._on_gpu:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         return _Launched(tuple(a for group, _, _ in parts for a in group), ids, ready, logprobs)
@@ -162,7 +171,7 @@ class DecoderDecoding:
     def _admit(self) -> list[_Active]:
         """Give slots to those that waited longest, as many as one forward takes."""
         joining: list[_Active] = []
-        room = _PREFILL_TOKENS if self._engine.device.type == "cuda" else _PREFILL_TOKENS_CPU
+        room = _PREFILL_TOKENS if self._on_gpu else _PREFILL_TOKENS_CPU
         while self._waiting and self._free:
             room -= len(self._waiting[0].request.prompt_ids)
             if room < 0 and joining:
@@ -176,15 +185,18 @@ class DecoderDecoding:
     def _prefill(self, group: Sequence[_Active]) -> tuple[Tensor, Tensor]:
         """Logits after the prompts, and the tokens chosen by them."""
         slots, requests = self._slots, [a.request for a in group]
+        self._refresh_stacks()
         rows = slots.put(
             [a.slot for a in group],
             [len(r.prompt_ids) for r in requests],
             [values(r.sampling) for r in requests],
             [draw_seed(r.sampling) for r in requests],
-            [0] * len(group),
+            [0 if self._stacks is None else self._stacks.numbers[r.adapter] for r in requests],
         )
         wanted = modes([r.sampling for r in requests])
         layers = self._engine.layers_with(requests[0].adapter)
+        if wanted[2] and slots.seen is None and self._graphs is not None:
+            self._graphs.forget()  # from here on they have to note what was said
         logits = prefill(self._engine, layers, slots, [r.prompt_ids for r in requests], rows, note=wanted[2])
         chosen = next_tokens(logits, slots.seen_in(rows), slots.choice(rows, wanted))
         slots.advance(rows, chosen, decoded=False, penalises=wanted[2])
@@ -192,13 +204,44 @@ class DecoderDecoding:
 
     def _decode(self, going: Sequence[_Active]) -> tuple[Tensor, Tensor]:
         """Logits after the last token of each, and the tokens chosen by them."""
-        slots = self._slots
-        rows = torch.tensor([a.slot for a in going]).to(slots.last.device)
+        rows = [a.slot for a in going]
         wanted = modes([a.request.sampling for a in going])
-        logits = decode_logits(self._engine, slots, rows, Grouped(self._groups(going)))
-        chosen = next_tokens(logits, slots.seen_in(rows), slots.choice(rows, wanted))
+        adapted = any(a.request.adapter is not None for a in going)
+        self._refresh_stacks()
+        if self._graphs is not None:
+            return self._graphs.run(rows, wanted, adapted)
+        on_device = torch.tensor(rows).to(self._slots.last.device)
+        if self._on_gpu:
+            return self._compute(on_device, wanted, adapted)
+        return self._choose(on_device, wanted, Grouped(self._groups(going)))
+
+    def _compute(self, rows: Tensor, wanted: Modes, adapted: bool) -> tuple[Tensor, Tensor]:
+        """A step of rows that have each its own adapter, if any has one; nothing in it waits for the GPU."""
+        return self._choose(rows, wanted, Stacked(self._stacks if adapted else None, self._slots.adapter[rows]))
+
+    def _choose(self, rows: Tensor, wanted: Modes, products: Products) -> tuple[Tensor, Tensor]:
+        slots = self._slots
+        logits = decode_logits(self._engine, slots, rows, products)
+        seen = slots.seen_in(rows) if wanted[2] else None
+        chosen = next_tokens(logits, seen, slots.choice(rows, wanted))
         slots.advance(rows, chosen, decoded=True, penalises=wanted[2])
         return logits, chosen
+
+    def _refresh_stacks(self) -> None:
+        """Let the stacks hold the adapters that are loaded now, after which graphs have to be captured anew."""
+        if not self._on_gpu:
+            return
+        adapters = self._engine.adapters()
+        if adapters == self._stacked:
+            return
+        self._stacks = stack_adapters(self._engine.shape, adapters) if adapters else None
+        self._stacked = adapters
+        if self._graphs is not None:
+            self._graphs.forget()
+        rows = [a.slot for a in self._active.values()]
+        if rows and self._stacks is not None:
+            numbers = [self._stacks.numbers[a.request.adapter] for a in self._active.values()]
+            self._slots.adapter[rows] = torch.tensor(numbers).to(self._slots.adapter.device)
 
     def _groups(self, going: Sequence[_Active]) -> list[tuple[Adapter, int, int]]:
         groups, first = [], 0
