@@ -105,11 +105,13 @@ def _check(layout: Layout, encoder: Encoder, bos: str) -> None:
     """ModelError unless the layout renders longer conversations as the template does, and Go can hold its texts."""
     turns = [
         Message("system", "Be kind."), Message("user", "One?"), Message("assistant", "Two."), Message("user", "Three?"),
-        Message("assistant", "Four."), Message("user", "Five?"),
+        Message("assistant", "<think>\nHm.\n</think>\n\nFour."), Message("user", "Five?"),
     ]  # fmt: skip
     for start, end in ((1, 2), (0, 2), (1, 4), (0, 4), (1, 6), (0, 6)):
         if bos + layout.render(turns[start:end]) != encoder.render(turns[start:end], generate=True):
-            raise _refusal("renders earlier turns in another way than the last one, or looks at what they say")
+            raise _refusal(
+                "renders earlier turns in another way than the last one, or looks at what they say (such as <think>)"
+            )
     if any(mark in layout.go_template().replace("{{ ", "").replace(" }}", "") for mark in ("{{", "}}", '"""')):
         raise _refusal("holds braces or quotes that a Modelfile cannot")
 
