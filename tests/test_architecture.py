@@ -134,7 +134,28 @@ LAYERS = [
         "lorikit.train.storage",
         "lorikit.train.training",
     ],
-    ["lorikit.__main__", "lorikit.cli", "lorikit.cli_data", "lorikit.doctor"],
+    ["lorikit.export", "lorikit.export.fold", "lorikit.export.merge", "lorikit.export.ollama", "lorikit.export.proof"],
+    [
+        "lorikit.serve",
+        "lorikit.serve.answers",
+        "lorikit.serve.app",
+        "lorikit.serve.guard",
+        "lorikit.serve.metrics",
+        "lorikit.serve.models",
+        "lorikit.serve.protocol",
+        "lorikit.serve.run",
+        "lorikit.serve.vllm",
+        "lorikit.serve.words",
+        "lorikit.serve.worker",
+    ],
+    [
+        "lorikit.__main__",
+        "lorikit.cli",
+        "lorikit.cli_data",
+        "lorikit.cli_export",
+        "lorikit.cli_serve",
+        "lorikit.doctor",
+    ],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 HEAVY = ["torch", "transformers", "peft", "numpy", "pyarrow", "modelscope", "huggingface_hub", "tokenizers"]
