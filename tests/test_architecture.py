@@ -51,6 +51,8 @@ LAYERS = [
         "lorikit.data.tokens",
         "lorikit.data.values",
         "lorikit.data.view",
+        "lorikit.data.view_html",
+        "lorikit.data.visible",
         "lorikit.data.writing",
     ],
     [
@@ -109,6 +111,7 @@ LAYERS = [
         "lorikit.train.live",
         "lorikit.train.loop",
         "lorikit.train.metrics",
+        "lorikit.train.notebook",
         "lorikit.train.optim",
         "lorikit.train.plan",
         "lorikit.train.plan_costs",
@@ -120,7 +123,7 @@ LAYERS = [
         "lorikit.train.storage",
         "lorikit.train.training",
     ],
-    ["lorikit.__main__", "lorikit.cli", "lorikit.cli_data", "lorikit.doctor"],
+    ["lorikit.__main__", "lorikit.api", "lorikit.cli", "lorikit.cli_data", "lorikit.doctor"],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 HEAVY = ["torch", "transformers", "peft", "numpy", "pyarrow", "modelscope", "huggingface_hub", "tokenizers"]
