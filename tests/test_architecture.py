@@ -123,7 +123,24 @@ LAYERS = [
         "lorikit.train.storage",
         "lorikit.train.training",
     ],
-    ["lorikit.__main__", "lorikit.api", "lorikit.cli", "lorikit.cli_data", "lorikit.doctor"],
+    ["lorikit.__main__", "lorikit.api", "lorikit.cli", "lorikit.cli_data", "lorikit.cli_web", "lorikit.doctor"],
+    [
+        "lorikit.web",
+        "lorikit.web.app",
+        "lorikit.web.charts",
+        "lorikit.web.client",
+        "lorikit.web.folder",
+        "lorikit.web.form",
+        "lorikit.web.frame",
+        "lorikit.web.page_compare",
+        "lorikit.web.page_data",
+        "lorikit.web.page_runs",
+        "lorikit.web.page_train",
+        "lorikit.web.process",
+        "lorikit.web.run_view",
+        "lorikit.web.texts",
+        "lorikit.web.votes",
+    ],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 HEAVY = ["torch", "transformers", "peft", "numpy", "pyarrow", "modelscope", "huggingface_hub", "tokenizers"]

@@ -7,6 +7,7 @@ and learnt tokens are underlined as well, for those who do not see the colours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,17 @@ text-underline-offset:.2em}.lorikit .read{opacity:.72}
 </style>"""
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What stands beside the rows, for pages in other languages."""
+
+    learnt: str = "learnt"
+    read: str = "read only"
+    control: str = "control token"
+    cut: str = "behind max_length"
+    size: str = "{tokens:,} tokens, {learnt:,} learnt"
+
+
 def check_html(report: DataReport, samples: Sequence[Sample]) -> str:
     """All of it in one element."""
     files = ", ".join(visible(file.name) for file in report.files[:_SHOWN])
@@ -41,17 +53,17 @@ def check_html(report: DataReport, samples: Sequence[Sample]) -> str:
     return f'{STYLE}<div class="lorikit">{"".join(parts)}{notes}{refused}</div>'
 
 
-def samples_html(samples: Sequence[Sample]) -> str:
+def samples_html(samples: Sequence[Sample], words: Words | None = None) -> str:
     """Rows with what is learnt of them in colour, under one legend; needs STYLE and the class lorikit around it."""
     rows = [one for one in samples if one.spans]
     if not rows:
         return "".join(f"<p>{_text(one.source)}: {_text(one.fate)}</p>" for one in samples)
-    legend = (
-        '<span class="learnt">learnt</span> <span class="read">read only</span> <span class="control">control</span>'
-    )
-    cut = any(span.use == "cut" for one in rows for span in one.spans)
-    legend += ' <span class="cut">behind max_length</span>' if cut else ""
-    return f"<p>{legend}</p>" + "".join(map(_row, samples))
+    words = words or Words()
+    kinds = [("learnt", words.learnt), ("read", words.read), ("control", words.control)]
+    if any(span.use == "cut" for one in rows for span in one.spans):
+        kinds.append(("cut", words.cut))
+    legend = " ".join(f'<span class="{kind}">{escape(text)}</span>' for kind, text in kinds)
+    return f"<p>{legend}</p>" + "".join(_row(one, words) for one in samples)
 
 
 def lengths_html(lengths: Lengths, max_length: int) -> str:
@@ -88,11 +100,11 @@ def _findings(report: DataReport) -> str:
     )
 
 
-def _row(one: Sample) -> str:
+def _row(one: Sample, words: Words) -> str:
     head = f"<b>{_text(one.source)}</b> {_text(one.fate)}"
     if not one.spans:
         return f"<p>{head}</p>"
-    size = f'<span class="small">{one.num_tokens:,} tokens, {one.num_learnt:,} learnt</span>'
+    size = f'<span class="small">{escape(words.size.format(tokens=one.num_tokens, learnt=one.num_learnt))}</span>'
     return f'<div>{head} {size}</div><div class="row">{"".join(map(_span, one.spans))}</div>'
 
 
