@@ -24,11 +24,13 @@ def page(frame: Frame) -> None:
     st.write(frame("data_intro"))
     guarded(_upload, frame)
     files = data_files(frame.folder)
+    if st.session_state.get("checked file") not in files:  # nothing chosen yet, or a file that is gone
+        st.session_state.pop("checked file", None)
     if not files:
         st.info(frame("no_files"))
         return
     with st.form("check", enter_to_submit=False):
-        name = st.selectbox(frame("file"), files, index=_index(files), key="checked file")
+        name = st.selectbox(frame("file"), files, key="checked file")
         left, right = st.columns(2)
         model = left.text_input(frame("model"), MODEL)
         longest = right.number_input(frame("max_length"), min_value=1, value=1024, step=64)
@@ -49,17 +51,13 @@ def checked(folder: Path, name: str, model: str, longest: int, row: str, changed
 
 def _upload(frame: Frame) -> None:
     given = st.file_uploader(frame("upload"))
-    if given is None or st.session_state.get("upload") == given.file_id:
+    if given is None:
         return
-    st.session_state["upload"] = given.file_id
-    name = save_upload(frame.folder, given.name, given.getvalue())
-    st.session_state["checked file"] = name
-    st.success(plain(frame("uploaded", name=name)))
-
-
-def _index(files: list[str]) -> int:
-    chosen = st.session_state.get("checked file")
-    return files.index(chosen) if chosen in files else 0
+    if st.session_state.get("upload") != given.file_id:
+        st.session_state["saved"] = save_upload(frame.folder, given.name, given.getvalue())
+        st.session_state["upload"] = given.file_id
+        st.session_state["checked file"] = st.session_state["saved"]
+    st.success(plain(frame("uploaded", name=st.session_state["saved"])))
 
 
 def _show(frame: Frame, name: str | None, model: str, longest: int, row: str) -> None:
