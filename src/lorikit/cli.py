@@ -22,6 +22,7 @@ from lorikit import __version__
 from lorikit.cli_data import Flags, Json, build, check, print_json
 from lorikit.cli_export import export, merge
 from lorikit.cli_serve import serve
+from lorikit.cli_web import web
 from lorikit.errors import ConfigError, DiskError, LorikitError, ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ app.command(check)
 app.command(merge)
 app.command(export)
 app.command(serve)
+app.command(web)
 
 
 @app.command
