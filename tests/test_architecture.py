@@ -113,6 +113,7 @@ LAYERS = [
         "lorikit.train.live",
         "lorikit.train.loop",
         "lorikit.train.metrics",
+        "lorikit.train.network",
         "lorikit.train.optim",
         "lorikit.train.plan",
         "lorikit.train.plan_costs",
