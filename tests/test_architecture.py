@@ -125,6 +125,7 @@ LAYERS = [
         "lorikit.train.loop",
         "lorikit.train.metrics",
         "lorikit.train.notebook",
+        "lorikit.train.network",
         "lorikit.train.optim",
         "lorikit.train.plan",
         "lorikit.train.plan_costs",
