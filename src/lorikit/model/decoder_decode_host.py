@@ -2,6 +2,7 @@
 
 The adapters of one product are two matrices: all A one under the other, and their B as blocks on a diagonal, times the scale,
 so that q, k and v take two calls and not six. Rows with the same adapter stand together. Slots and positions are plain numbers.
+A GPU without Triton takes this way too.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class HostRows:
 def decode_on_host(engine: DecoderEngine, slots: Slots, rows: HostRows) -> Tensor:
     """Put the last token of each row's slot through the model -> logits (B, V) float32 after it."""
     shape, weights = engine.shape, engine.weights
-    at = torch.tensor(rows.positions)
+    at = torch.tensor(rows.positions).to(engine.device)
     cos, sin = (table[at][:, None].to(weights.embed.dtype) for table in engine.rope_tables(slots.positions))
     turned = shape.heads + shape.kv_heads
     x = weights.embed[slots.last[list(rows.slots)]]
@@ -120,7 +121,7 @@ def _attend(qkv: Tensor, keys: Tensor, values: Tensor, rows: HostRows, heads: in
     """Put the keys and values of qkv (B, H + 2K, E) into the cache (S, K, P, E) -> the attention of its queries (B, H E)."""
     count, width = len(qkv), qkv.shape[2]
     kv_heads = keys.shape[1]
-    out = torch.empty(count, heads * width, dtype=qkv.dtype)
+    out = torch.empty(count, heads * width, dtype=qkv.dtype, device=qkv.device)
     for row, (slot, newest) in enumerate(zip(rows.slots, rows.positions, strict=True)):
         mine, k, v = qkv[row], keys[slot], values[slot]
         k[:, newest], v[:, newest] = mine[heads : heads + kv_heads], mine[heads + kv_heads :]

@@ -97,7 +97,9 @@ class DecoderDecoding:
         self._stacks: Stacks | None = None
         self._on_host: dict[Adapter, HostAdapter] = {}
         self._stacked: dict[str, Adapter] = {}  # what the stacks were made of
-        graphs = self._on_gpu and engine.decode_graphs and runs_kernel(engine.weights.embed)
+        # Without kernels a step asks the host for lengths, which no graph can hold.
+        self._kernels = self._on_gpu and engine.decode_kernels and runs_kernel(engine.weights.embed)
+        graphs = self._kernels and engine.decode_graphs
         self._graphs = DecodeGraphs(self._compute, num_slots, engine.device) if graphs else None
 
     @property
@@ -212,7 +214,7 @@ class DecoderDecoding:
         self._refresh_stacks()
         if self._graphs is not None:
             return self._graphs.run(rows, wanted, adapted)
-        if self._on_gpu:
+        if self._kernels:
             return self._compute(torch.tensor(rows).to(self._engine.device), wanted, adapted)
         return self._choose(rows, wanted, decode_on_host(self._engine, self._slots, self._host_rows(going)))
 
@@ -230,7 +232,7 @@ class DecoderDecoding:
 
     def _refresh_stacks(self) -> None:
         """Let the stacks hold the adapters that are loaded now, after which graphs have to be captured anew."""
-        if not self._on_gpu:
+        if not self._kernels:
             return
         adapters = self._engine.adapters()
         if adapters == self._stacked:
