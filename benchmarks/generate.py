@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,17 @@ def main() -> None:
     prompts = make_prompts(engine.shape.vocabulary, max(arguments.streams))
     if not arguments.no_check:
         check(engine, base, folder, prompts, arguments)
-    rows = [measure(engine, prompts[:n], n, way, arguments) for n in arguments.streams for way in WAYS]
-    if arguments.peer:
-        rows += measure_peer(base, folder, prompts, engine.device, arguments)
+    model = peer(base, folder, engine.device, engine.weights.embed.dtype) if arguments.peer else None
+    best: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for _, streams, way in product(range(arguments.rounds), arguments.streams, WAYS):
+        found = [measure(engine, prompts[:streams], streams, way, arguments)]
+        if model is not None:  # in turns: what else the machine does meets both
+            found.append(measure_peer(model, prompts[0], streams, way, engine.device, arguments))
+        for row in found:
+            key = row["who"], streams, way
+            if key not in best or row["ms_per_step"] < best[key]["ms_per_step"]:
+                best[key] = row
+    rows = list(best.values())
     for row in rows:
         row |= {"model": base.name, "device": device_name(engine.device), "dtype": str(engine.weights.embed.dtype)}
         row |= {"threads": torch.get_num_threads(), "commit": arguments.commit, "command": shlex.join(sys.argv)}
@@ -63,11 +72,11 @@ def main() -> None:
             with arguments.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     print(f"\n{base.name} on {device_name(engine.device)}, prompts of {PROMPT} tokens, {arguments.new} new ones")
-    print(f"{'':28}{'streams':>8}{'choice':>9}{'tokens/s':>10}{'ms/step':>9}{'first ms':>10}")
+    print(f"{'':28}{'streams':>8}{'choice':>9}{'tokens/s':>10}{'ms/step':>9}{'CPU ms':>8}{'first ms':>10}")
     for row in rows:
         print(
             f"{row['who']:28}{row['streams']:>8}{row['choice']:>9}{row['tokens_per_second']:>10,.0f}"
-            f"{row['ms_per_step']:>9.2f}{row['first_ms']:>10.0f}"
+            f"{row['ms_per_step']:>9.2f}{row['processor_ms_per_step']:>8.1f}{row['first_ms']:>10.0f}"
         )
     if arguments.profile:
         profile(engine, prompts, arguments)
@@ -211,7 +220,7 @@ def measure(
     sampling = Sampling(max_new_tokens=arguments.new, seed=0, **WAYS[way])
     decoding = engine.decoding(streams, PROMPT + arguments.new)
     for _ in range(2):
-        first, steps, seconds, count = run_once(decoding, prompts, sampling)
+        first, steps, seconds, processor, count = run_once(decoding, prompts, sampling)
     peak = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else 0
     decoding.close()
     return {
@@ -221,24 +230,27 @@ def measure(
         "new_tokens": arguments.new,
         "tokens_per_second": round(count / seconds, 1),
         "ms_per_step": round(seconds / steps * 1000, 3),
+        "processor_ms_per_step": round(processor / steps * 1000, 3),
         "first_ms": round(first * 1000, 1),
         "peak_gib": round(peak / 2**30, 2),
     }
 
 
-def run_once(decoding: DecoderDecoding, prompts: list[list[int]], sampling: Sampling) -> tuple[float, int, float, int]:
-    """Seconds to the first token, decoding steps after it, their seconds and their tokens."""
+def run_once(
+    decoding: DecoderDecoding, prompts: list[list[int]], sampling: Sampling
+) -> tuple[float, int, float, float, int]:
+    """Seconds to the first token, decoding steps after it, their seconds, processor seconds and tokens."""
     for prompt in prompts:
         decoding.add(Request(prompt, sampling, frozenset(), ADAPTER))
     begun = time.perf_counter()
     seen: set[int] = set()
     while len(seen) < len(prompts):
         seen |= {token.prompt for token in decoding.step()}
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     count = steps = 0
     while tokens := decoding.step():
         count, steps = count + len(tokens), steps + 1
-    return started - begun, steps, time.perf_counter() - started, count
+    return started - begun, steps, time.perf_counter() - started, time.process_time() - processor, count
 
 
 def peer(base: Resolved, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -252,53 +264,47 @@ def peer(base: Resolved, folder: Path, device: torch.device, dtype: torch.dtype)
 
 @torch.no_grad()
 def measure_peer(
-    base: Resolved, folder: Path, prompts: list[list[int]], device: torch.device, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """transformers' generate on prompts of one length; the time of a one-token answer is taken off."""
-    dtype = load(base, folder, arguments).weights.embed.dtype
-    model = peer(base, folder, device, dtype)
-    rows = []
-    for streams in arguments.streams:
-        batch = torch.tensor([prompts[0]] * streams, device=device)
-        for way, values in WAYS.items():
-            draws = values["temperature"] > 0
-            chosen = {"do_sample": draws, "repetition_penalty": values["repetition_penalty"]}
-            chosen |= {"temperature": values["temperature"], "top_p": values["top_p"], "top_k": 0} if draws else {}
+    model: Any, prompt: list[int], streams: int, way: str, device: torch.device, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """transformers' generate on copies of one prompt; the time of a one-token answer is taken off."""
+    batch, values = torch.tensor([prompt] * streams, device=device), WAYS[way]
+    draws = values["temperature"] > 0
+    chosen: dict[str, Any] = {"do_sample": draws, "repetition_penalty": values["repetition_penalty"]}
+    chosen |= {"temperature": values["temperature"], "top_p": values["top_p"], "top_k": 0} if draws else {}
 
-            def run(new: int, chosen: dict[str, Any] = chosen, batch: Tensor = batch) -> float:
-                return seconds_of(
-                    lambda: model.generate(
-                        input_ids=batch, attention_mask=torch.ones_like(batch), max_new_tokens=new, min_new_tokens=new,
-                        pad_token_id=0, **chosen,
-                    ),
-                    device,
-                )  # fmt: skip
+    def run(new: int) -> tuple[float, float]:
+        return seconds_of(
+            lambda: model.generate(
+                input_ids=batch, attention_mask=torch.ones_like(batch), max_new_tokens=new, min_new_tokens=new,
+                pad_token_id=0, **chosen,
+            ),
+            device,
+        )  # fmt: skip
 
-            run(4)
-            first, whole = run(1), run(arguments.new)
-            rows.append(
-                {
-                    "who": "transformers + peft",
-                    "streams": streams,
-                    "choice": way,
-                    "new_tokens": arguments.new,
-                    "tokens_per_second": round(streams * (arguments.new - 1) / (whole - first), 1),
-                    "ms_per_step": round((whole - first) / (arguments.new - 1) * 1000, 3),
-                    "first_ms": round(first * 1000, 1),
-                }
-            )
-    return rows
+    run(4)
+    (first, first_processor), (whole, whole_processor) = run(1), run(arguments.new)
+    steps = arguments.new - 1
+    return {
+        "who": "transformers + peft",
+        "streams": streams,
+        "choice": way,
+        "new_tokens": arguments.new,
+        "tokens_per_second": round(streams * steps / (whole - first), 1),
+        "ms_per_step": round((whole - first) / steps * 1000, 3),
+        "processor_ms_per_step": round((whole_processor - first_processor) / steps * 1000, 3),
+        "first_ms": round(first * 1000, 1),
+    }
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the device's work included."""
+def seconds_of(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Of one call, the device's work included, and of this process' processor time."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    begun = time.perf_counter()
+    begun, processor = time.perf_counter(), time.process_time()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, time.process_time() - processor
 
 
 def profile(engine: DecoderEngine, prompts: list[list[int]], arguments: argparse.Namespace) -> None:
@@ -332,6 +338,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peer", action="store_true", help="also time transformers + peft")
+    parser.add_argument("--rounds", type=int, default=1, help="of all measurements; the best of each counts")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument(
         "--no-float32", action="store_true", help="leave out the comparison that needs the model in float32"

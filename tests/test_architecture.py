@@ -62,6 +62,7 @@ LAYERS = [
         "lorikit.model.decoder_graph",
         "lorikit.model.decoder_config",
         "lorikit.model.decoder_decode",
+        "lorikit.model.decoder_decode_host",
         "lorikit.model.decoder_generate",
         "lorikit.model.decoder_layer",
         "lorikit.model.decoder_load",

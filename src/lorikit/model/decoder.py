@@ -65,7 +65,8 @@ class DecoderEngine:
         self._upcoming: Iterator[Batch] | None = None
         self._others: dict[str, Adapter] = {}  # added after loading, by name; "default" here replaces the first one
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
-        self.decode_graphs = graphs
+        self.decode_graphs = graphs  # either may be turned off before `decoding`: answers take longer and stay the same
+        self.decode_kernels = True
         self._takes_graphs = graphs and is_varlen(weights.embed, shape.head_dim)
 
     def loss_sum(self, batch: Batch) -> Tensor:

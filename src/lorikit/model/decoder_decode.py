@@ -6,14 +6,11 @@ h = norm(x)   x = x + (silu(g) u) W_down^T + lora,   g, u = h W_gate_up^T + lora
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from lorikit.model.decoder_adapter import Adapter, LayerLoras, Lora
 from lorikit.model.decoder_slots import Slots
 from lorikit.model.frozen import Frozen
 from lorikit.model.kernels.decode_attention import decode_attention, store_turned
@@ -30,22 +27,6 @@ class Products(Protocol):
     def product(self, x: Tensor, weight: Frozen, bias: Tensor | None, layer: int, name: str) -> Tensor:
         """x (B, I) -> x W^T + bias + the adapter of each row (B, O); `name` is qkv, o, gate_up or down."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Grouped:
-    """Rows that stand together by their adapter: (adapter, first row, row after the last); for any device."""
-
-    groups: Sequence[tuple[Adapter, int, int]]
-
-    def product(self, x: Tensor, weight: Frozen, bias: Tensor | None, layer: int, name: str) -> Tensor:
-        """x (B, I) -> (B, O), the sum rounded once where the adapters are in another type, as in peft."""
-        y = weight.forward(x, bias)
-        for adapter, first, end in self.groups:
-            lora = _of(adapter.loras[layer], name)
-            if lora is not None:
-                _add(y[first:end], x[first:end], lora)
-        return y
 
 
 def decode_logits(engine: DecoderEngine, slots: Slots, rows: Tensor, products: Products) -> Tensor:
@@ -75,20 +56,3 @@ def decode_logits(engine: DecoderEngine, slots: Slots, rows: Tensor, products: P
     assert down is not None
     _, h = add_rmsnorm(x, down, weights.norm, shape.eps)
     return products.product(h, weights.output, None, 0, "head").float()
-
-
-def _of(loras: LayerLoras, name: str) -> Lora | None:
-    return {"qkv": loras.qkv, "o": loras.o, "gate_up": loras.gate_up, "down": loras.down}.get(name)
-
-
-def _add(y: Tensor, x: Tensor, lora: Lora) -> None:
-    """y (B, O) += the adapters' products with x (B, I), in place."""
-    rank = lora.a.shape[1]
-    z = (x.to(lora.a.dtype) @ lora.a.flatten(0, 1).t()).mul_(lora.scale)
-    for m, (b, start) in enumerate(zip(lora.b, lora.starts, strict=True)):
-        out = y[:, start : start + len(b)]
-        u = z[:, m * rank : (m + 1) * rank]
-        if out.dtype == u.dtype:
-            out.addmm_(u, b.t())
-        else:
-            out.copy_(torch.addmm(out.to(u.dtype), u, b.t()))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorikit.model.decode_graph import DecodeGraphs, Modes
 from lorikit.model.decoder_adapter import Adapter
-from lorikit.model.decoder_decode import Grouped, Products, decode_logits
+from lorikit.model.decoder_decode import decode_logits
+from lorikit.model.decoder_decode_host import HostAdapter, HostRows, decode_on_host, host_adapter
 from lorikit.model.decoder_prefill import prefill
 from lorikit.model.decoder_slots import Slots
 from lorikit.model.decoder_stack import Stacked, Stacks, stack_adapters
@@ -94,8 +95,11 @@ class DecoderDecoding:
         self._ahead = 1 if self._on_gpu else 0
         self._next_number = 0
         self._stacks: Stacks | None = None
+        self._on_host: dict[Adapter, HostAdapter] = {}
         self._stacked: dict[str, Adapter] = {}  # what the stacks were made of
-        graphs = self._on_gpu and engine.decode_graphs and runs_kernel(engine.weights.embed)
+        # Without kernels a step asks the host for lengths, which no graph can hold.
+        self._kernels = self._on_gpu and engine.decode_kernels and runs_kernel(engine.weights.embed)
+        graphs = self._kernels and engine.decode_graphs
         self._graphs = DecodeGraphs(self._compute, num_slots, engine.device) if graphs else None
 
     @property
@@ -210,18 +214,17 @@ class DecoderDecoding:
         self._refresh_stacks()
         if self._graphs is not None:
             return self._graphs.run(rows, wanted, adapted)
-        on_device = torch.tensor(rows).to(self._slots.last.device)
-        if self._on_gpu:
-            return self._compute(on_device, wanted, adapted)
-        return self._choose(on_device, wanted, Grouped(self._groups(going)))
+        if self._kernels:
+            return self._compute(torch.tensor(rows).to(self._engine.device), wanted, adapted)
+        return self._choose(rows, wanted, decode_on_host(self._engine, self._slots, self._host_rows(going)))
 
     def _compute(self, rows: Tensor, wanted: Modes, adapted: bool) -> tuple[Tensor, Tensor]:
         """A step of rows that have each its own adapter, if any has one; nothing in it waits for the GPU."""
-        return self._choose(rows, wanted, Stacked(self._stacks if adapted else None, self._slots.adapter[rows]))
+        products = Stacked(self._stacks if adapted else None, self._slots.adapter[rows])
+        return self._choose(rows, wanted, decode_logits(self._engine, self._slots, rows, products))
 
-    def _choose(self, rows: Tensor, wanted: Modes, products: Products) -> tuple[Tensor, Tensor]:
+    def _choose(self, rows: Tensor | list[int], wanted: Modes, logits: Tensor) -> tuple[Tensor, Tensor]:
         slots = self._slots
-        logits = decode_logits(self._engine, slots, rows, products)
         seen = slots.seen_in(rows) if wanted[2] else None
         chosen = next_tokens(logits, seen, slots.choice(rows, wanted))
         slots.advance(rows, chosen, decoded=True, penalises=wanted[2])
@@ -229,7 +232,7 @@ class DecoderDecoding:
 
     def _refresh_stacks(self) -> None:
         """Let the stacks hold the adapters that are loaded now, after which graphs have to be captured anew."""
-        if not self._on_gpu:
+        if not self._kernels:
             return
         adapters = self._engine.adapters()
         if adapters == self._stacked:
@@ -243,14 +246,18 @@ class DecoderDecoding:
             numbers = [self._stacks.numbers[a.request.adapter] for a in self._active.values()]
             self._slots.adapter[rows] = torch.tensor(numbers).to(self._slots.adapter.device)
 
-    def _groups(self, going: Sequence[_Active]) -> list[tuple[Adapter, int, int]]:
-        groups, first = [], 0
+    def _host_rows(self, going: Sequence[_Active]) -> HostRows:
+        """What a CPU computes with, for requests in the order of their adapters."""
+        loaded, groups, first = self._engine.adapters(), [], 0
         for group in _by_adapter(going):
-            adapter = self._engine.adapter_named(group[0].request.adapter)
+            adapter = loaded.get(group[0].request.adapter or "")
             if adapter is not None:
-                groups.append((adapter, first, first + len(group)))
+                if adapter not in self._on_host:
+                    self._on_host[adapter] = host_adapter(adapter)
+                groups.append((self._on_host[adapter], first, first + len(group)))
             first += len(group)
-        return groups
+        positions = [len(a.request.prompt_ids) + a.launched - 1 for a in going]
+        return HostRows([a.slot for a in going], positions, groups)
 
     def _read(self, launched: _Launched) -> list[Token]:
         """The tokens of a step, without those of requests that ended in the meantime."""

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from lorikit.data.values import IGNORE, Batch
 from lorikit.model.decoder_batch import Layout, Packed, key_index, keys_of_tokens
 from lorikit.model.decoder_layer import Rows
-from lorikit.model.kernels.launch import compiling_ahead
+from lorikit.model.kernels.launch import CAPTURING, compiling_ahead
 from lorikit.model.packed_attention import Keys, Sequences
 
 _TOKENS = 64  # tokens are rounded up to this; products of such sizes are the fast ones on tensor cores
@@ -214,7 +214,7 @@ class StepGraphs:
                 torch.cuda.empty_cache()  # the graphs have a pool of their own: without this the memory is taken twice
             graph = torch.cuda.CUDAGraph()
             # Not torch.cuda.graph: it empties torch's cache for each graph, which is slow.
-            with _no_collection():
+            with CAPTURING, _no_collection():
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     self._once(compute, inputs, bucket)

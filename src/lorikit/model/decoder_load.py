@@ -74,7 +74,8 @@ def load(
 
     base = plan.base
     try:
-        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization)
+        by_column = device.type == "cpu" and dtype == torch.float32 and not plan.trainable
+        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization, by_column=by_column)
     except torch.OutOfMemoryError as error:
         what = str(dtype).removeprefix("torch.") if plan.quantization == "none" else plan.quantization
         smaller = {"none": "model.quantization: nf4, or model.device_map: auto", "fp8": "model.quantization: nf4"}

@@ -63,11 +63,11 @@ class Slots:
         """Keys and values (S, K, P, E) of a layer."""
         return self.cache[number, 0], self.cache[number, 1]
 
-    def choice(self, rows: Tensor, modes: tuple[bool, bool, bool]) -> Choice:
+    def choice(self, rows: Tensor | list[int], modes: tuple[bool, bool, bool]) -> Choice:
         """How the slots in `rows` (B,) choose their next token."""
         return Choice.rows(self.values[rows], self.seed[rows], self.place[rows], modes)
 
-    def seen_in(self, rows: Tensor) -> Tensor | None:
+    def seen_in(self, rows: Tensor | list[int]) -> Tensor | None:
         """(B, V) bool: which tokens the slots hold."""
         return None if self.seen is None else self.seen[rows]
 
@@ -96,7 +96,7 @@ class Slots:
         self.seen[rows] = False
         self.seen[owners, ids] = True
 
-    def advance(self, rows: Tensor, chosen: Tensor, *, decoded: bool, penalises: bool) -> None:
+    def advance(self, rows: Tensor | list[int], chosen: Tensor, *, decoded: bool, penalises: bool) -> None:
         """Note the token that each slot in `rows` has chosen; `decoded`: after a token of its own, not after the prompt."""
         self.last[rows] = chosen
         self.place[rows] += 1

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,15 +81,23 @@ def unusable(folder: Path, shape: DecoderShape) -> str | None:
 
 
 def load_weights(
-    folder: Path, shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+    folder: Path,
+    shape: DecoderShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "none",
+    *,
+    by_column: bool = False,
 ) -> Weights:
     """The weights in `folder`, for which `unusable` gave None; the linear layers but the head quantised as asked for.
+
+    `by_column`: laid out for the products of single rows on a CPU (model/frozen.py).
 
     ModelError when a file turns out to be damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    weights = _allocate(shape, dtype, device, quantization)
+    weights = _allocate(shape, dtype, device, quantization, by_column)
     places = _places(weights, shape)
 
     def read(path: Path, names: list[str]) -> None:
@@ -104,6 +112,8 @@ def load_weights(
                 pass
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: its weights cannot be read ({error}); download the model again") from None
+    if by_column and shape.tied:  # a token is looked up in a row: the table is needed both ways
+        return replace(weights, head=weights.embed.t().contiguous().t())
     return weights
 
 
@@ -141,8 +151,10 @@ def _shares(path: Path, places: Mapping[str, Place]) -> Iterator[list[str]]:
         yield names
 
 
-def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none") -> Weights:
-    frozen = allocator(quantization, dtype, device)
+def _allocate(
+    shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none", by_column: bool = False
+) -> Weights:
+    frozen = allocator(quantization, dtype, device, by_column=by_column)
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -170,7 +182,10 @@ def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, qua
         for _ in range(shape.layers)
     ]
     embed = empty(shape.vocabulary, hidden)
-    return Weights(embed, tuple(layers), empty(hidden), embed if shape.tied else empty(shape.vocabulary, hidden))
+    head = embed
+    if not shape.tied:
+        head = empty(hidden, shape.vocabulary).t() if by_column else empty(shape.vocabulary, hidden)
+    return Weights(embed, tuple(layers), empty(hidden), head)
 
 
 def _shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
