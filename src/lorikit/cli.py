@@ -22,6 +22,7 @@ from lorikit import __version__
 from lorikit.cli_data import Flags, Json, build, check, print_json
 from lorikit.cli_export import export, merge
 from lorikit.cli_serve import serve
+from lorikit.cli_web import web
 from lorikit.errors import ConfigError, DiskError, LorikitError, ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ app.command(check)
 app.command(merge)
 app.command(export)
 app.command(serve)
+app.command(web)
 
 
 @app.command
@@ -170,7 +172,7 @@ def plan(
 
 
 @app.command
-def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
+def train(config: Path, /, *flags: Flags, gpus: int | None = None, as_json: Json = False) -> None:
     """Train an adapter as RUN.yaml says; the same command goes on with a run that was cut off.
 
     Any setting can follow as a flag, over the file: --lora.r 16 --train.learning_rate 2e-4. `lorikit config` lists them.
@@ -179,13 +181,24 @@ def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
     ----------
     config
         The YAML file of the run.
+    gpus
+        Share the rows of each step among so many GPUs of this machine (where it has none, processes); the adapter is the
+        same. torchrun does it for several machines: docs/distributed.md.
     """
     from lorikit.config import load_config
 
     settings = load_config(config, flags)  # before the slow imports: a typing error shows at once
+    if gpus is not None:
+        from lorikit.train.launch import launch
+
+        launch(["train", str(config), *flags, *(["--json"] if as_json else [])], gpus)
+        return
+    from lorikit.train.distributed import speaks
     from lorikit.train.loop import train as run_training
 
     run = run_training(settings)
+    if not speaks():
+        return
     if as_json:
         print_json({"run": str(run), "adapter": str(run / "adapter")})
     else:
