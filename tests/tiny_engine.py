@@ -68,6 +68,9 @@ class TinyEngine:
     def prepare(self, batch):
         return lambda: self.add_gradient(batch)
 
+    def foresee(self, batches):
+        pass
+
     def flat(self):
         return None
 

@@ -136,21 +136,11 @@ def _shape(folder: Path) -> DecoderShape | str:
 
 def _with_adapter(plan: Plan) -> Plan | str:
     """The plan with the modules of its adapter, or why these are not the decoder's."""
-    from lorikit.model.decoder_adapter import unsupported_adapter
+    from lorikit.model.decoder_adapter import adapted_modules
 
     assert plan.values is not None
-    reason = unsupported_adapter(plan.values)
-    if reason:
-        return reason
-    targets, names = plan.values.get("target_modules"), plan.shape.linear_names()
-    if not isinstance(targets, str | list) or not targets or targets == "all-linear":
-        return f"its adapter has target_modules {targets!r}"
-    other = lora.matching_names(("lm_head", "model.embed_tokens"), targets)
-    unknown = [] if isinstance(targets, str) else [t for t in targets if not lora.matching_names(names, [t])]
-    modules = _modules(plan.shape, targets)
-    if other or unknown or not modules:
-        return f"its adapter changes {', '.join(other + unknown) or 'no linear layer'}"
-    return replace(plan, modules=modules)
+    modules = adapted_modules(plan.shape, plan.values)
+    return modules if isinstance(modules, str) else replace(plan, modules=modules)
 
 
 def _modules(shape: DecoderShape, targets: str | list[str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorikit.errors import ModelError
 from lorikit.model.decoder_config import DecoderShape
-from lorikit.model.frozen import Frozen, Place, allocator
+from lorikit.model.frozen import Dense, Frozen, Place, allocator
 from lorikit.model_files import INDEX
 
 # A reader's share in elements. Smaller ones would open the file more often, larger ones leave threads without work at the end.
@@ -55,6 +55,11 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Tensor
+
+    @property
+    def output(self) -> Frozen:
+        """`head` as a linear layer."""
+        return Dense(self.head, (len(self.head),))
 
 
 def unusable(folder: Path, shape: DecoderShape) -> str | None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from lorikit.model import flash_attention_4
+
 NAME = "lorikit_packed"
 
 
@@ -122,6 +124,9 @@ def is_varlen(tensor: Tensor, head_dim: int) -> bool:
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None, window: tuple[int, int]
 ) -> Tensor:
+    if window[0] < 0 and flash_attention_4.takes(q, sequences.longest_k):
+        at = sequences
+        return flash_attention_4.causal(q, k, v, at.cu_q, at.cu_k, at.longest_q, at.longest_k, scale)
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {"enable_gqa": True} if _takes_enable_gqa() and q.shape[1] != k.shape[1] else {}

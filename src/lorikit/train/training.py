@@ -15,6 +15,7 @@ from pathlib import Path
 from lorikit.config import RunConfig
 from lorikit.data.audit import fingerprint
 from lorikit.data.encode import Encoder
+from lorikit.data.pack import pack, split_step
 from lorikit.data.values import Example
 from lorikit.errors import DataError, DivergedError, Interrupted, ModelError, OutOfMemoryError
 from lorikit.model.engine import Engine
@@ -31,6 +32,7 @@ from lorikit.train.run_folder import ADAPTER_FOLDER, METRICS, write_config
 from lorikit.train.signals import Signals
 from lorikit.train.storage import new_folder
 
+_FORESEEN = 1000  # steps; more would be laid out for nothing
 _ADVICE = (
     "Look at the rows with `lorikit check`, then take a lower train.learning_rate, a longer warm-up or model.dtype bfloat16, "
     "with another train.output_dir"
@@ -105,6 +107,7 @@ class Training:
         try:
             if not self.state.settled:
                 self._end_step()
+            self._foresee()
             while not self._is_done():
                 self._step()
                 self._end_step()
@@ -117,6 +120,7 @@ class Training:
                 f"({str(error).splitlines()[0]}); {self._kept()}"
             ) from None
         finally:
+            self.engine.foresee(())
             self.report.stop()
             self.metrics.close()
             for tracker in self.trackers:
@@ -157,6 +161,12 @@ class Training:
             dropout_seed=derived_seed(self.config.train.seed, "dropout", step),
             learning_rate=self.plan.learning_rate(step),
         )
+
+    def _foresee(self) -> None:
+        """Tell the engine what comes next, as often as it was stopped looking there."""
+        steps = range(self.state.step + 1, min(self.state.step + _FORESEEN, self.plan.num_steps))
+        most = self.budget.max_tokens
+        self.engine.foresee(pack(share) for step in steps for share in split_step(self._rows_of(step), most))
 
     def _rows_of(self, step: int) -> list[Example]:
         return [self.rows[row] for row in self.plan.rows(step)]
@@ -202,6 +212,7 @@ class Training:
             self.signals.check()
             if self._evaluation_is_due(step):
                 self._evaluate()
+                self._foresee()
             self.state = replace(self.state, settled=True)
             self.signals.check()
         except Interrupted as signal:

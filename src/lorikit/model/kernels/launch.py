@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,6 +94,17 @@ def _compile(
         compiled.run  # noqa: B018  loads it, and compiles the C function that starts it
 
 
+@cache
+def start_compiler() -> Future[None]:
+    """Have Triton compile a kernel of no use, in a thread: before its first one it hashes all its own files, hundreds of
+    megabytes, which takes seconds, and which each thread that compiles would do again until one of them is through."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    pool = ThreadPoolExecutor(1)
+    job = pool.submit(_compile, _nothing_kernel, (1,), (torch.float32,), {}, device)
+    pool.shutdown(wait=False)
+    return job
+
+
 _ahead: list[_Ahead] = []  # filled by compiling_ahead alone; the threads of autograd look at it too
 
 
@@ -103,6 +115,8 @@ def compiling_ahead() -> Iterator[None]:
     What they would have written is then undefined, so this is for a rehearsal whose result nobody uses. One after the
     other at their first use, the kernels of a training step take half a minute.
     """
+    if torch.cuda.is_available():
+        start_compiler().result()
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         ahead = _Ahead(pool)
         _ahead.append(ahead)
@@ -125,3 +139,8 @@ def dot(a: Value, b: Value, total: Value) -> Any:
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@kernel()
+def _nothing_kernel(at: Pointer) -> None:
+    tl.store(at, 0.0)
