@@ -120,7 +120,21 @@ LAYERS = [
         "lorikit.train.storage",
         "lorikit.train.training",
     ],
-    ["lorikit.__main__", "lorikit.cli", "lorikit.cli_data", "lorikit.doctor"],
+    [
+        "lorikit.report",
+        "lorikit.report.compare",
+        "lorikit.report.curves",
+        "lorikit.report.losses",
+        "lorikit.report.page",
+        "lorikit.report.panel",
+        "lorikit.report.runs",
+        "lorikit.report.svg",
+        "lorikit.report.texts",
+        "lorikit.report.values",
+        "lorikit.report.verdict",
+        "lorikit.report.view",
+    ],
+    ["lorikit.__main__", "lorikit.cli", "lorikit.cli_data", "lorikit.cli_report", "lorikit.doctor"],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 HEAVY = ["torch", "transformers", "peft", "numpy", "pyarrow", "modelscope", "huggingface_hub", "tokenizers"]

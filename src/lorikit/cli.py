@@ -20,6 +20,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from lorikit import __version__
 from lorikit.cli_data import Flags, Json, build, check, print_json
+from lorikit.cli_report import Compare, compare, compare_after_training, runs
 from lorikit.errors import ConfigError, DiskError, LorikitError, ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def download(
 
 app.command(build)
 app.command(check)
+app.command(compare)
+app.command(runs)
 
 
 @app.command
@@ -165,7 +168,7 @@ def plan(
 
 
 @app.command
-def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
+def train(config: Path, /, *flags: Flags, compare: Compare = True, as_json: Json = False) -> None:
     """Train an adapter as RUN.yaml says; the same command goes on with a run that was cut off.
 
     Any setting can follow as a flag, over the file: --lora.r 16 --train.learning_rate 2e-4. `lorikit config` lists them.
@@ -184,7 +187,9 @@ def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
     if as_json:
         print_json({"run": str(run), "adapter": str(run / "adapter")})
     else:
-        print(run)
+        print(run, flush=True)
+    if compare:
+        compare_after_training(run)
 
 
 @app.command
