@@ -125,6 +125,7 @@ LAYERS = [
         "lorikit.train.loop",
         "lorikit.train.metrics",
         "lorikit.train.notebook",
+        "lorikit.train.network",
         "lorikit.train.optim",
         "lorikit.train.plan",
         "lorikit.train.plan_costs",
@@ -152,16 +153,6 @@ LAYERS = [
         "lorikit.serve.worker",
     ],
     [
-        "lorikit.__main__",
-        "lorikit.api",
-        "lorikit.cli",
-        "lorikit.cli_data",
-        "lorikit.cli_export",
-        "lorikit.cli_serve",
-        "lorikit.cli_web",
-        "lorikit.doctor",
-    ],
-    [
         "lorikit.web",
         "lorikit.web.app",
         "lorikit.web.charts",
@@ -177,6 +168,16 @@ LAYERS = [
         "lorikit.web.run_view",
         "lorikit.web.texts",
         "lorikit.web.votes",
+    ],
+    [
+        "lorikit.__main__",
+        "lorikit.api",
+        "lorikit.cli",
+        "lorikit.cli_data",
+        "lorikit.cli_export",
+        "lorikit.cli_serve",
+        "lorikit.cli_web",
+        "lorikit.doctor",
     ],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}

@@ -27,6 +27,7 @@ NAMES = [
     "check",
     "generate",
     "load_config",
+    "merge",
     "open_run",
     "plan",
     "stream",
@@ -101,6 +102,8 @@ def test_from_settings_to_an_answer_in_a_few_lines(folder):
     assert isinstance(one, lorikit.Answer)
     assert (one.num_tokens, two.prompt) == (4, (lorikit.Message("user", "number 40"),))
     assert "".join(lorikit.stream(session, "number 3", greedy)) == one.text
+    merged = lorikit.merge(run, folder / "merged")
+    assert lorikit.generate(lorikit.open_run(merged.folder, need_adapter=False), "number 3", greedy) == [one]
 
 
 def test_train_is_called_the_same_before_and_after_its_package_was_imported(folder):

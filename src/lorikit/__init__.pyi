@@ -9,6 +9,7 @@ from lorikit.errors import ConfigError as ConfigError
 from lorikit.errors import DataError as DataError
 from lorikit.errors import LorikitError as LorikitError
 from lorikit.errors import ModelError as ModelError
+from lorikit.export.merge import merge as merge
 from lorikit.infer.generate import Answer as Answer
 from lorikit.infer.session import Session as Session
 from lorikit.infer.session import open_run as open_run

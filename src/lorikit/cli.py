@@ -141,7 +141,14 @@ app.command(web)
 
 @app.command
 def plan(
-    config: Path, /, *flags: Flags, gpu: str | None = None, memory_gib: float | None = None, as_json: Json = False
+    config: Path,
+    /,
+    *flags: Flags,
+    gpu: str | None = None,
+    memory_gib: float | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    as_json: Json = False,
 ) -> None:
     """What RUN.yaml will need, before anything is loaded: engine, steps, memory by part, time, and what to change.
 
@@ -156,6 +163,10 @@ def plan(
         Plan for h100, h200, a100, a100-40, l40s, rtx4090 or rtx3090; by default for this machine's GPU, or its CPU.
     memory_gib
         Plan for a GPU with this much memory; without --gpu its speed is not known.
+    gpus
+        Plan for so many of them in a machine; memory is then that of each.
+    nodes
+        Plan for so many machines.
     """
     from lorikit.config import load_config
 
@@ -164,8 +175,12 @@ def plan(
     from lorikit.train.plan_view import render
 
     rows = partial(_show, what="rows")
-    asked = bool(flags or gpu or memory_gib)
-    planned = planning.plan(settings, gpu, memory_gib, rows) if settings else planning.compare(config, asked=asked)
+    asked = bool(flags or gpu or memory_gib or gpus or nodes)
+    planned = (
+        planning.plan(settings, gpu, memory_gib, rows, gpus=gpus, nodes=nodes)
+        if settings
+        else planning.compare(config, asked=asked)
+    )
     print_json(planned.to_dict()) if as_json else render(planned)
     if not planned.can_run:
         raise SystemExit(OutOfMemoryError.exit_code)

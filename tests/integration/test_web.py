@@ -65,7 +65,7 @@ def serving(folder: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "lorikit", "web", str(folder), "--port", str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LORIKIT_API_KEY": "a key that the page passes on"}
     with (folder.parent / f"{folder.name}.log").open("wb+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
         try:
@@ -373,6 +373,21 @@ def test_a_blind_vote_hides_the_names_until_it_is_given_and_is_kept_in_the_run(p
     assert len(votes) == before + 1
     assert votes[-1]["winner"] == votes[-1]["models"][1]
     assert votes[-1]["answers"][1].startswith(votes[-1]["winner"])
+
+
+def test_a_run_of_the_folder_is_loaded_asked_beside_its_base_and_unloaded(desk, folder):
+    go(desk, "Compare")
+    press(desk, "Load them")
+    write(desk, "Question", "who are you?")
+    spinner = desk.get_by_role("spinbutton", name="Longest answer in tokens")
+    spinner.fill("5")
+    spinner.press("Tab")
+    press(desk, "Ask")
+    expect(desk.get_by_test_id("stMain").get_by_text("mine", exact=True).last).to_be_visible()
+    expect(desk.get_by_text("who are you?").last).to_be_visible()
+    expect(desk.get_by_test_id("stAlert")).to_have_count(0)
+    press(desk, "Unload")
+    expect(desk.get_by_role("button", name="Load them")).to_be_visible()
 
 
 def test_what_a_server_says_of_its_failure_stands_where_the_answer_would(page):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorikit.model.engine import Engine
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
 from lorikit.train.distributed import Ranks, join
 from lorikit.train.metrics import check_trackers, peak_memory
+from lorikit.train.network import layers_of, links_of, on_ranks, sharded_costs, spread
 from lorikit.train.plan import one_line
 from lorikit.train.plan_costs import choose_target, costs_of
 from lorikit.train.predict import predict
@@ -128,17 +130,25 @@ def _predict(training: Training, base: Resolved) -> dict[str, Any] | None:
     """Memory and time, said in a line and noted in environment.json, so that the run can be held to them."""
     config = training.config
     try:
-        target = choose_target(config.model, None, None, seconds=0.2)
+        target, ranks = choose_target(config.model, None, None, seconds=0.2), training.ranks.size
+        costs = costs_of(config, base, target)
+        layers = layers_of(base.path, costs.base_parameters, target.dtype.itemsize)
         predicted = predict(
             config,
             training.base_name,
-            costs_of(config, base, target),
+            sharded_costs(costs, config.model, layers, ranks),
             target,
             training.rows,
             training.held_out,
             max_tokens=training.budget.max_tokens,
             loaded=True,
+            ranks=ranks,
         )
+        if training.ranks.active:
+            links, nodes = links_of(target, ranks, training.ranks.num_nodes), training.ranks.num_nodes
+            cpu = target.kind == "cpu"
+            found = spread(predicted, predicted, config.model, layers, links, nodes, shared_cpu=cpu)
+            predicted = on_ranks(predicted, replace(found, efficiency=None))
     except Exception as error:  # a wrong prediction, or none, is no reason to stop a training
         training.report.say(f"plan: memory and time could not be predicted ({type(error).__name__}: {error})")
         return None

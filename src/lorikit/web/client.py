@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from lorikit.errors import ModelError
 
 _SECONDS = 120  # without a byte from the server
 _QUICK = 5
+_OURS = ("127.0.0.1", "localhost", "::1")
 _OPENER = urllib.request.build_opener(
     urllib.request.ProxyHandler({})
 )  # a proxy has no way to this machine's own servers
@@ -65,6 +67,9 @@ def _pieces(stream: Iterator[bytes]) -> Iterator[str]:
 
 def _open(url: str, body: object, seconds: float) -> Any:
     headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    key = os.environ.get("LORIKIT_API_KEY")  # what `lorikit serve` on this machine then asks for; no other host is told
+    if key and urlsplit(url).hostname in _OURS:
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)  # noqa: S310
     try:
         return _OPENER.open(request, timeout=seconds)
