@@ -44,7 +44,9 @@ def chat(content="hello", model="run", **more):
 
 
 @contextmanager
-def serving(*runs, slots=4, max_length=10**6, max_waiting=64, keys=(), drain=5, watching=False, models=None):
+def serving(
+    *runs, slots=4, max_length=10**6, max_waiting=64, keys=(), drain=5, watching=False, models=None, host="127.0.0.1"
+):
     models = models or open_models([str(run) for run in runs], "cpu")
     length = min(max_length, models.max_length)
     worker = Worker(lambda: models.engine.decoding(slots, length), max_waiting=max_waiting)
@@ -52,7 +54,7 @@ def serving(*runs, slots=4, max_length=10**6, max_waiting=64, keys=(), drain=5, 
     guard = make_app(
         models, worker, length, keys=keys, background=[lambda: watch(models, said.append)] if watching else []
     )
-    with open_socket("127.0.0.1", 0) as listening:
+    with open_socket(host, 0) as listening:
         config = uvicorn.Config(
             guard, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="on"
         )

@@ -21,6 +21,7 @@ from lorikit.infer.session import open_run
 from lorikit.model import lora
 from lorikit.serve import vllm
 from lorikit.serve.models import name_of, open_models, place_runs
+from lorikit.serve.run import is_loopback
 from serving import chat, serving, until
 from tiny_model import save_adapter, save_model, save_run
 
@@ -48,7 +49,7 @@ def process(made):
         "--device",
         "cpu",
         "--drain",
-        "20",
+        "60",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LORIKIT_API_KEY": "secret"}
     with subprocess.Popen(
@@ -77,7 +78,7 @@ def test_sigterm_lets_a_running_answer_finish_refuses_the_next_and_exits_with_0(
         except ConnectionRefusedError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    running = ask(port, chat(temperature=0, max_tokens=1500, stream=True))
+    running = ask(port, chat(temperature=0, max_tokens=2500, stream=True))
     assert running.status == 200 and running.readline().startswith(b"data: ")
     server.send_signal(signal.SIGTERM)
     time.sleep(0.3)
@@ -85,7 +86,7 @@ def test_sigterm_lets_a_running_answer_finish_refuses_the_next_and_exits_with_0(
     assert refused.status == 503 and refused.getheader("Retry-After") == "5"
     rest = running.read().decode()
     assert rest.rstrip().endswith("data: [DONE]") and '"finish_reason": "' in rest
-    assert server.wait(timeout=20) == 0
+    assert server.wait(timeout=60) == 0
     assert server.stdout.read() == "" and "Traceback" not in server.stderr.read()
 
 
@@ -118,6 +119,18 @@ def test_the_second_signal_and_the_end_of_the_time_cut_answers_off(process):
 def test_what_cannot_be_served_is_told_at_once(flags, code, reason, made, lorikit):
     got, out, err = lorikit("serve", made / "run", *flags)
     assert (got, out) == (code, "") and reason in err and len(err.splitlines()) <= 2
+
+
+def test_ipv6_is_an_address_too_and_names_of_this_machine_need_no_key(made):
+    models = open_models([str(made / "run")], "cpu")
+    with serving(models=models, host="::1") as server:
+        connection = http.client.HTTPConnection("::1", server.port, timeout=20)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+        connection.close()
+    assert [is_loopback(h) for h in ("::1", "127.0.0.9", "localhost", "0.0.0.0", "::", "192.168.0.1", "example.org")] == [
+        True, True, True, False, False, False, False,
+    ]  # fmt: skip
 
 
 def test_a_taken_port_no_run_and_an_empty_key_file_are_usage_errors(made, lorikit, tmp_path):
@@ -202,6 +215,33 @@ def test_vllm_is_started_with_the_same_names_rank_and_template_and_no_key(made, 
     assert arguments[at + 1 : at + 3] == [f"run={run / 'adapter'}", f"b={made / 'run' / 'adapter'}"]
     assert Path(flags["--chat-template"]).read_text() == encoder.tokenizer.chat_template
     assert not any("key" in argument for argument in arguments)
+
+
+def test_the_process_becomes_vllms_server_with_the_key_in_its_environment(made, tmp_path):
+    package = tmp_path / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    (package / "api_server.py").write_text(
+        "import json, os, sys\nprint(json.dumps([os.getpid(), os.environ['VLLM_API_KEY'], sys.argv[1:]]))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "LORIKIT_API_KEY": "secret"}
+    command = [
+        sys.executable,
+        "-m",
+        "lorikit",
+        "serve",
+        str(made / "run"),
+        "--engine",
+        "vllm",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "9000",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        pid, key, arguments = json.loads(server.communicate(timeout=60)[0])
+    assert (pid, key, server.returncode) == (server.pid, "secret", 0)
+    assert arguments == vllm.command(place_runs([str(made / "run")]), "0.0.0.0", 9000, None)[3:]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lorikit.errors import OutOfMemoryError
 from lorikit.model.decoder_config import DecoderShape
+from lorikit.model.engine import Sampling
 from lorikit.model.sampling import Choice
+from lorikit.model.sampling import values as sampling_values
 
 
 @dataclass(slots=True)
@@ -56,7 +58,8 @@ class Slots:
                 "fewer at a time or a smaller longest length"
             ) from None
         last, length, place, seed, adapter = torch.zeros(5, count + 1, dtype=torch.int64, device=device)
-        values = torch.zeros(count + 1, 5, device=device)
+        greedy = sampling_values(Sampling(temperature=0.0, top_p=1.0, repetition_penalty=1.0))
+        values = torch.tensor([greedy] * (count + 1)).to(device)  # what fills a batch has to choose as well
         return cls(shape, count, positions, cache, last, length, place, seed, adapter, values)
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:

@@ -181,6 +181,7 @@ class Answering:
     async def chat(self, served: Served, asked: ChatRequest) -> Job:
         """Raises ApiError for what cannot be answered, and when there is no room for it."""
         top = asked.num_top()
+        self._check_room(1)  # before the work of making tokens
         messages = [turn.message() for turn in asked.messages]
         async with self._tokenizing:
             ids = await asyncio.to_thread(_or_bad_request, "messages", served.encoder.prompt_ids, messages)
@@ -189,10 +190,20 @@ class Answering:
     async def text(self, served: Served, asked: CompletionRequest) -> Job:
         """As `chat`, for prompts without a chat template."""
         prompts = []
+        self._check_room(len(asked.prompts()))
         for text in asked.prompts():
             async with self._tokenizing:
                 prompts.append(await asyncio.to_thread(_or_bad_request, "prompt", served.encoder.text_ids, text))
         return self._start(served, asked, prompts, asked.logprobs, TextForm(asked.logprobs is not None), "prompt")
+
+    def _check_room(self, count: int) -> None:
+        try:
+            self.worker.check_room(count)
+        except Full:
+            busy = f"all {self.worker.num_slots} slots are taken and the line is full; try again"
+            raise ApiError(429, busy, code="rate_limit_exceeded") from None
+        except Exception as error:
+            raise engine_error(error) from error
 
     def _start(
         self,
@@ -221,11 +232,8 @@ class Answering:
                 sampling = asked.sampling(room, asked.longest(), len(requests))
                 check_sampling(sampling)
                 requests.append(Request(ids, sampling, served.encoder.stop_ids, served.adapter, top))
-        try:
-            flight = self.worker.submit(*requests)
-        except Full:
-            busy = f"all {self.worker.num_slots} slots are taken and the line is full; try again"
-            raise ApiError(429, busy, code="rate_limit_exceeded") from None
+        self._check_room(len(requests))
+        flight = self.worker.submit(*requests)
         words = [Words(served.encoder, stops) for _ in requests]
         num_prompt_tokens = sum(len(ids) for ids in prompts)
         self.metrics.count("lorikit_prompt_tokens_total", num_prompt_tokens, model=served.name)

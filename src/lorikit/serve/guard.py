@@ -20,7 +20,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-MAX_BODY = 4 * 2**20  # bytes
+MAX_BODY = 2 * 2**20  # bytes
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _OPEN = frozenset({"/health"})
 

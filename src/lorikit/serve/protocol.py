@@ -15,6 +15,7 @@ from lorikit.data.values import Message, answer_message
 from lorikit.model.engine import Sampling
 
 MAX_CHOICES, MAX_TOP_LOGPROBS, MAX_STOPS = 16, 20, 16
+MAX_TURNS = 1000  # a template is rendered up to each answer of the history, which takes the square of their number
 MAX_NEW_TOKENS = Sampling().max_new_tokens
 _TOP_COMPLETION_LOGPROBS = 5
 _GREEDY_BELOW = 1e-3  # such a temperature takes the likeliest token all the same, and logits divided by it overflow
@@ -146,7 +147,7 @@ class _Sampled(_Strict):
 class ChatRequest(_Sampled):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_TURNS)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -194,7 +195,7 @@ class TutorialRequest(_Strict):
     """POST / as the tutorial's FastAPI examples have it. `history` holds [question, answer] pairs or messages."""
 
     prompt: Text = Field(min_length=1)
-    history: list[tuple[Text, Text] | ChatMessage] | None = Field(default=None, max_length=2_000)
+    history: list[tuple[Text, Text] | ChatMessage] | None = Field(default=None, max_length=MAX_TURNS // 2 - 1)
     max_length: int | None = Field(default=None, ge=1, le=2**31 - 1, description="longest answer in tokens")
     max_new_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     temperature: float | None = Field(default=None, ge=0, le=2)

@@ -1,7 +1,6 @@
 """Tokens of one answer -> text that may be shown, cut before a stop string, with the logprobs of its tokens.
 
-Text that could be the beginning of a stop string is held back until it is known not to be one, so that what was sent
-never has to be taken back.
+What was sent never has to be taken back: half characters and what may begin a stop string are held back.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lorikit.infer.generate import Detokenizer
+from lorikit.infer.generate import Detokenizer, StopTexts
 
 if TYPE_CHECKING:
     from lorikit.data.encode import Encoder
@@ -33,9 +32,8 @@ class Words:
     """One answer as it comes. `num_tokens` counts what was generated, a stop token included, as OpenAI bills it."""
 
     def __init__(self, encoder: Encoder, stop: Sequence[str]) -> None:
-        self._encoder, self._stop = encoder, [text for text in stop if text]
+        self._encoder, self._stops = encoder, StopTexts(stop)
         self._detokenizer = Detokenizer(encoder)
-        self._held = ""
         self.num_tokens = 0
         self.text = ""
 
@@ -45,25 +43,12 @@ class Words:
         new = "" if token.finish == "stop" else self._detokenizer.add(token.id)
         if token.finish is not None:
             new += self._detokenizer.end()
-        self._held += new
-        found = min((at for text in self._stop if (at := self._held.find(text)) >= 0), default=-1)
-        finish = "stop" if found >= 0 else token.finish
-        if found >= 0:
-            shown = self._held[:found]
-        else:
-            shown = self._held if finish else self._held[: len(self._held) - self._could_begin()]
-        self._held = self._held[len(shown) :]
+        shown = self._stops.add(new)
+        if token.finish is not None and not self._stops.found:
+            shown += self._stops.end()
         self.text += shown
         entries = () if token.logprob is None or token.finish == "stop" else (_entry(self._encoder, token),)
-        return Piece(shown, entries, finish)
-
-    def _could_begin(self) -> int:
-        """How many characters at the end of the held text could be the beginning of a stop string."""
-        longest = max((len(text) for text in self._stop), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(text.startswith(self._held[-size:]) for text in self._stop):
-                return size
-        return 0
+        return Piece(shown, entries, "stop" if self._stops.found else token.finish)
 
 
 def _entry(encoder: Encoder, token: Token) -> dict[str, Any]:

@@ -87,12 +87,16 @@ class Worker:
         """Requests that have a slot or wait for one."""
         return len(self._open)
 
-    def submit(self, *requests: Request) -> Flight:
-        """All of these requests or none; Full when there is no room in the line."""
+    def check_room(self, count: int = 1) -> None:
+        """Raise what `submit` would for so many requests: Full, or why the engine answers no more."""
         if self.broken is not None:
             raise self.broken
-        if len(self._open) + len(requests) > self.num_slots + self._max_waiting:
+        if len(self._open) + count > self.num_slots + self._max_waiting:
             raise Full
+
+    def submit(self, *requests: Request) -> Flight:
+        """All of these requests or none; Full when there is no room in the line."""
+        self.check_room(len(requests))
         flight = Flight(requests, self)
         for ticket in flight.tickets:
             self._open.add(ticket)

@@ -325,7 +325,7 @@ def _join_kernel(
     split, column = tl.arange(0, SPLITS), tl.arange(0, BLOCK_WIDTH)
     most = tl.load(sums_at + head * 2 * SPLITS + split)
     total = tl.load(sums_at + (head * 2 + 1) * SPLITS + split)
-    highest = tl.max(most, 0)
+    highest = tl.maximum(tl.max(most, 0), -1e30)  # finite where there is nothing at all
     factor = tl.where(total > 0, tl.exp(most - highest), 0.0)
     at = parts_at + (head * SPLITS + split[:, None]) * WIDTH + column[None, :]
     parts = tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
