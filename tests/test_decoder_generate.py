@@ -14,14 +14,14 @@ from lorikit.config import LoraSettings
 from lorikit.model import decoder_generate
 from lorikit.model.engine import Sampling
 from lorikit.model.load import load_engine
-from lorikit.model.sampling import next_tokens, probabilities
+from lorikit.model.sampling import Choice, next_tokens, probabilities
 from tiny_decoder import FAMILIES, peer_of, randomize_b, rows, save, settings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_generation_is_transformers_own_token_by_token(family, penalty, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoder_generate, "_GROWTH", 4)  # so that the cache grows several times
+    monkeypatch.setattr(decoder_generate, "SLOTS", 3)  # so that prompts wait for others to end
     base = save(tmp_path, family)
     engine = load_engine(settings(), base, new_adapter=LoraSettings(r=4))
     randomize_b(engine)
@@ -81,7 +81,8 @@ def test_tokens_are_drawn_from_the_distribution_of_transformers(sampling):
     steps += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
     want = LogitsProcessorList(steps)(held, logits.clone()).softmax(1)
     seen = torch.zeros(6, 50, dtype=torch.bool).scatter_(1, held, True)
-    got = probabilities(logits, seen, sampling)
+    choice = Choice.of([sampling] * 6, range(6), torch.device("cpu"))
+    got = probabilities(logits, seen, choice)
     assert torch.allclose(got, want, atol=1e-6)
-    drawn = next_tokens(logits, seen, sampling, torch.Generator().manual_seed(0))
+    drawn = next_tokens(logits, seen, choice)
     assert (want.gather(1, drawn[:, None]) > 0).all()

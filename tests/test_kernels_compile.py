@@ -13,6 +13,7 @@ DROPPING = {"DROP": True, "MODULES": 3, "RANK": 8, "WIDTH": 4096, "BLOCK_RANK": 
 HEADS = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_HEADS": 32, "BLOCK_KV_HEADS": 8, "BLOCK_HALF": 64, "BACK": True}
 ROWS = {"WIDTH": 4096, "ROWS": 1, "COLUMNS": 4096, "ADD": True}
 B = {"MODULES": 3, "RANK": 8, "BLOCK_RANK": 16, "TOKENS": 64, "COLUMNS": 128}
+ROW_LORA = {"MODULES": 3, "RANK": 8, "BLOCK_RANK": 8, "SHARES": 8, "BLOCK_SHARES": 8}
 LAUNCHES = {
     "rmsnorm._forward_kernel": ("*x *x *x *x *x i32 fp32 i32 i32 i32", ROWS),
     "rmsnorm._backward_kernel": ("*x *x *x *x *x i32 fp32 i32 i32 i32 i32 i32 i32 i32", ROWS),
@@ -41,6 +42,24 @@ LAUNCHES = {
         {"PARTS": 1024, "CLIP": True, "BLOCK": 1024},
     ),
     "fp8._quantize_kernel": ("*x *fp32 *fp8e4nv *fp32 i32 i32", {"WIDTH": 14336, "PART": 16384, "SCALED": True}),
+    "decode_attention._store_kernel": (
+        "*x *x *x *fp32 *fp32 *i64 *i64 *x *x i32 i32 i32 i32 i32 i32 i64 i32 i32 i32",
+        {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_HALF": 64},
+    ),
+    "decode_attention._attend_kernel": (
+        "*x *x *x *i64 *i64 *x *fp32 *fp32 i32 i32 i64 i32 i32 i32 fp32 i32",
+        {"GROUP": 4, "BLOCK_GROUP": 16, "WIDTH": 128, "BLOCK_WIDTH": 128, "TILE": 64, "SPLITS": 32},
+    ),
+    "decode_attention._join_kernel": ("*fp32 *fp32 *x", {"WIDTH": 128, "BLOCK_WIDTH": 128, "SPLITS": 32}),
+    "row_lora._inner_kernel": (
+        "*x *x *fp32 *i64 i32",
+        {"WIDTH": 4096, "COLUMNS": 24, "BLOCK_COLUMNS": 32, "INPUTS": 256, "SHARE": 512},
+    ),
+    "row_lora._outer_kernel": ("*x *fp32 *x *fp32 *i64 i32 i32 i32 i32", ROW_LORA | {"COLUMNS": 512}),
+    "row_lora._one_row_kernel": (
+        "*x *x *x *x *fp32 *x *fp32 *i64 i32 i32 i32",
+        ROW_LORA | {"BIAS": True, "WIDTH": 4096, "ROWS": 4, "INPUTS": 1024},
+    ),
     "fp8._transpose_kernel": ("*u8 *u8 i32 i32", {"TILE": 128}),
 }
 
@@ -51,7 +70,19 @@ def kernel_named(name):
 
 
 def test_every_kernel_is_among_the_launches():
-    modules = ("rmsnorm", "rope", "swiglu", "dropout", "lora_a_triton", "lora_b", "sums", "adamw", "fp8")
+    modules = (
+        "rmsnorm",
+        "rope",
+        "swiglu",
+        "dropout",
+        "lora_a_triton",
+        "lora_b",
+        "sums",
+        "adamw",
+        "fp8",
+        "decode_attention",
+        "row_lora",
+    )
     found = {
         f"{module}.{name}"
         for module in modules

@@ -69,9 +69,6 @@ class TinyEngine:
     def prepare(self, batch):
         return lambda: self.add_gradient(batch)
 
-    def foresee(self, batches):
-        pass
-
     def flat(self):
         return None
 

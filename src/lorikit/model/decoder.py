@@ -8,9 +8,10 @@ a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 
 from lorikit.data.values import Batch
 from lorikit.model import decoder_loss
-from lorikit.model.decoder_adapter import Adapter
+from lorikit.model.decoder_adapter import Adapter, read_adapter
 from lorikit.model.decoder_batch import Packed, cut_to_labels, lay_out
 from lorikit.model.decoder_config import DecoderShape, inverse_frequencies
-from lorikit.model.decoder_generate import stream_tokens
+from lorikit.model.decoder_generate import DecoderDecoding, stream_tokens
 from lorikit.model.decoder_graph import Bucket, Inputs, StepGraphs, bucket_of, fill_bucket
 from lorikit.model.decoder_layer import Layer, Step, run_layer
 from lorikit.model.decoder_memory import Keep, choose
 from lorikit.model.decoder_offload import HostCopies
 from lorikit.model.decoder_weights import Weights
-from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
+from lorikit.model.engine import ADAPTER, BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
 from lorikit.model.packed_attention import attend, is_varlen
 
 GRAPH_TOKENS = 8192  # in larger batches the GPU computes longer than Python takes to start its kernels
@@ -62,8 +63,10 @@ class DecoderEngine:
         self.layers = self._plain if adapter is None else self._adapted(adapter)
         self._tables: dict[int, Tensor] = {}  # none is ever freed: captured graphs go on reading theirs
         self._graphs: StepGraphs | None = None
-        self._upcoming: Iterator[Batch] | None = None
+        self._others: dict[str, Adapter] = {}  # added after loading, by name; "default" here replaces the first one
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
+        self.decode_graphs = graphs  # either may be turned off before `decoding`: answers take longer and stay the same
+        self.decode_kernels = True
         self._takes_graphs = graphs and is_varlen(weights.embed, shape.head_dim)
 
     def loss_sum(self, batch: Batch) -> Tensor:
@@ -83,18 +86,12 @@ class DecoderEngine:
 
         On a GPU that is to replay a CUDA graph, where a batch is small enough for the starts of its kernels to matter.
         """
-        found = self._bucket(batch)
-        if found is None:
+        at = lay_out(batch) if self._takes_graphs and batch.num_tokens <= GRAPH_TOKENS else None
+        if at is None or self.levels(len(at.tokens))[0] == Keep.HOST:
             return partial(self._eager_gradient, batch)
-        bucket, fill = found
-        return partial(self._graphed_gradient, bucket, fill())
-
-    def foresee(self, batches: Iterable[Batch]) -> None:
-        """Batches that will come: the graphs that they need are captured in a thread, after the first one, until the next
-        call of this or `train`."""
-        if self._graphs is not None:
-            self._graphs.stop_ahead()
-        self._upcoming = iter(batches) if self._takes_graphs else None
+        bucket = bucket_of(at)
+        self.rope_tables(bucket.longest)  # which a capture could not make
+        return partial(self._graphed_gradient, bucket, fill_bucket(batch, at, bucket))
 
     def add_gradient(self, batch: Batch) -> Tensor:
         """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
@@ -141,8 +138,6 @@ class DecoderEngine:
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off."""
-        if mode != self.training:
-            self.foresee(())
         self.training = mode
 
     @contextmanager
@@ -158,7 +153,42 @@ class DecoderEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
     ) -> Generator[Token]:
         """Tokens as they come, each naming its prompt; ends when every prompt has a Token with `finish` set."""
-        yield from stream_tokens(self, prompts, sampling, stop_ids)
+        name = None if self.adapter is None or self.layers is self._plain else ADAPTER
+        yield from stream_tokens(self, prompts, sampling, stop_ids, name)
+
+    def decoding(self, num_slots: int, max_length: int) -> DecoderDecoding:
+        """A place for `num_slots` requests at a time of at most `max_length` tokens each; OutOfMemoryError where it does
+        not fit."""
+        return DecoderDecoding(self, num_slots, max_length)
+
+    def adapter_names(self) -> list[str]:
+        """Names of the loaded adapters, "default" first where the engine was loaded with one."""
+        return list(self.adapters())
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load the PEFT adapter in `folder` beside the others, or in place of the one with this name; ModelError lists what
+        does not fit."""
+        # On a CPU adapters compute in float32 whatever the base is, as in peft.
+        dtype = self.weights.embed.dtype if self.device.type == "cuda" else torch.float32
+        self._others[name] = read_adapter(folder, self.shape, self.device, dtype)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The loaded adapters by name."""
+        own = {} if self.adapter is None else {ADAPTER: self.adapter}
+        return own | self._others
+
+    def adapter_named(self, name: str | None) -> Adapter | None:
+        """A loaded adapter, up to date in its compute type; None for the base."""
+        if name is None:
+            return None
+        found = self.adapters()[name]
+        found.refresh()
+        return found
+
+    def layers_with(self, name: str | None) -> list[Layer]:
+        """The layers with a loaded adapter, or the base's."""
+        adapter = self.adapter_named(name)
+        return self._plain if adapter is None else self._adapted(adapter)
 
     @torch.no_grad()
     def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -205,30 +235,15 @@ class DecoderEngine:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _bucket(self, batch: Batch) -> tuple[Bucket, Callable[[], Inputs]] | None:
-        """The graph that a batch needs and how to fill it; None where it goes without."""
-        at = lay_out(batch) if self._takes_graphs and batch.num_tokens <= GRAPH_TOKENS else None
-        if at is None or self.levels(len(at.tokens))[0] == Keep.HOST:
-            return None
-        bucket = bucket_of(at)
-        self.rope_tables(bucket.longest)  # which a capture could not make
-        return bucket, partial(fill_bucket, batch, at, bucket)
-
     def _graphed_gradient(self, bucket: Bucket, filled: Inputs) -> Tensor:
         if self._graphs is None:
             self._graphs = StepGraphs(self.parameters(), self.device)
         try:
-            loss = self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
+            return self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
         except torch.OutOfMemoryError:
             # Memory is short: from here on without graphs, whose pool stands beside what evaluations need.
-            self.foresee(())
             self._graphs, self._takes_graphs = None, False
             raise
-        if self._upcoming is not None:
-            found = (bucket for bucket in map(self._bucket, self._upcoming) if bucket is not None)
-            self._graphs.capture_ahead(self._loss_sum, found)
-            self._upcoming = None
-        return loss
 
     def _draw_seed(self) -> int:
         """The number that this forward's dropout masks come from."""

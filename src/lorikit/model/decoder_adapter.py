@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lorikit.errors import ModelError
 from lorikit.model import lora
 from lorikit.model.decoder_config import LINEAR, DecoderShape, linear_name
 
-_GROUPS = (LINEAR[:3], LINEAR[3:4], LINEAR[4:6], LINEAR[6:])
+GROUPS = (LINEAR[:3], LINEAR[3:4], LINEAR[4:6], LINEAR[6:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,34 @@ def unsupported_adapter(values: Mapping[str, Any]) -> str | None:
         return "its adapter has no r or lora_alpha"
     extra = [key for key, value in values.items() if key not in _PLAIN and value not in (None, False, 0, [], {}, "")]
     return f"its adapter sets {', '.join(sorted(extra))}" if extra else None
+
+
+def adapted_modules(shape: DecoderShape, values: Mapping[str, Any]) -> tuple[str, ...] | str:
+    """Names of the modules that an adapter_config.json adapts, or why the decoder does not compute it."""
+    reason = unsupported_adapter(values)
+    if reason:
+        return reason
+    targets, names = values.get("target_modules"), shape.linear_names()
+    if not isinstance(targets, str | list) or not targets or targets == "all-linear":
+        return f"its adapter has target_modules {targets!r}"
+    other = lora.matching_names(("lm_head", "model.embed_tokens"), targets)
+    unknown = [] if isinstance(targets, str) else [t for t in targets if not lora.matching_names(names, [t])]
+    modules = tuple(lora.matching_names(names, targets))
+    if other or unknown or not modules:
+        return f"its adapter changes {', '.join(other + unknown) or 'no linear layer'}"
+    return modules
+
+
+def read_adapter(folder: Path, shape: DecoderShape, device: torch.device, dtype: torch.dtype) -> Adapter:
+    """The PEFT adapter in a folder, to be used only; ModelError lists what does not fit a base of this shape."""
+    values = lora.read_config(folder)
+    modules = adapted_modules(shape, values)
+    if isinstance(modules, str):
+        raise ModelError(f"{folder}: the decoder cannot take it, {modules}; set model.engine: generic")
+    adapter = Adapter(shape, modules, values, device=device, dtype=dtype, trainable=False)
+    adapter.load(lora.read_weights(folder), f"{folder} does not fit the base")
+    adapter.refresh()
+    return adapter
 
 
 _PLAIN = {
@@ -185,7 +214,7 @@ class Adapter:
             stack(*LINEAR[:3]),
             stack(query),
             stack(*key_value),
-            *(stack(*group) for group in _GROUPS[1:]),
+            *(stack(*group) for group in GROUPS[1:]),
         )
 
 
@@ -193,7 +222,7 @@ def _layout(shape: DecoderShape, names: set[str], rank: int) -> tuple[list[Slot]
     """A slot for each module in PEFT's order, and the size of the buffer. The A of a group stand together."""
     slots, end = [], 0
     for layer in range(shape.layers):
-        for group in _GROUPS:
+        for group in GROUPS:
             present = [(name, *shape.linear(name)) for name in group if linear_name(layer, name) in names]
             a = end
             b = a + sum(rank * inputs for _, _, inputs in present)

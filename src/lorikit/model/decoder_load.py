@@ -71,10 +71,15 @@ def load(
     from lorikit.model.decoder import DecoderEngine
     from lorikit.model.decoder_adapter import Adapter
     from lorikit.model.decoder_weights import load_weights
+    from lorikit.model.kernels.launch import start_compiler
 
     base = plan.base
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start_compiler()  # needs seconds, beside the reading of weights
     try:
-        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization)
+        by_column = device.type == "cpu" and dtype == torch.float32 and not plan.trainable
+        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization, by_column=by_column)
     except torch.OutOfMemoryError as error:
         what = str(dtype).removeprefix("torch.") if plan.quantization == "none" else plan.quantization
         smaller = {"none": "model.quantization: nf4, or model.device_map: auto", "fp8": "model.quantization: nf4"}
@@ -136,21 +141,11 @@ def _shape(folder: Path) -> DecoderShape | str:
 
 def _with_adapter(plan: Plan) -> Plan | str:
     """The plan with the modules of its adapter, or why these are not the decoder's."""
-    from lorikit.model.decoder_adapter import unsupported_adapter
+    from lorikit.model.decoder_adapter import adapted_modules
 
     assert plan.values is not None
-    reason = unsupported_adapter(plan.values)
-    if reason:
-        return reason
-    targets, names = plan.values.get("target_modules"), plan.shape.linear_names()
-    if not isinstance(targets, str | list) or not targets or targets == "all-linear":
-        return f"its adapter has target_modules {targets!r}"
-    other = lora.matching_names(("lm_head", "model.embed_tokens"), targets)
-    unknown = [] if isinstance(targets, str) else [t for t in targets if not lora.matching_names(names, [t])]
-    modules = _modules(plan.shape, targets)
-    if other or unknown or not modules:
-        return f"its adapter changes {', '.join(other + unknown) or 'no linear layer'}"
-    return replace(plan, modules=modules)
+    modules = adapted_modules(plan.shape, plan.values)
+    return modules if isinstance(modules, str) else replace(plan, modules=modules)
 
 
 def _modules(shape: DecoderShape, targets: str | list[str]) -> tuple[str, ...]:

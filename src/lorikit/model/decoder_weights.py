@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorikit.errors import ModelError
 from lorikit.model.decoder_config import DecoderShape
-from lorikit.model.frozen import Frozen, Place, allocator
+from lorikit.model.frozen import Dense, Frozen, Place, allocator
 from lorikit.model_files import INDEX
 
 # A reader's share in elements. Smaller ones would open the file more often, larger ones leave threads without work at the end.
@@ -56,6 +56,11 @@ class Weights:
     norm: Tensor
     head: Tensor
 
+    @property
+    def output(self) -> Frozen:
+        """`head` as a linear layer."""
+        return Dense(self.head, (len(self.head),))
+
 
 def unusable(folder: Path, shape: DecoderShape) -> str | None:
     """None when the safetensors in `folder` hold every tensor in its shape, else what is not as it should be."""
@@ -76,15 +81,23 @@ def unusable(folder: Path, shape: DecoderShape) -> str | None:
 
 
 def load_weights(
-    folder: Path, shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+    folder: Path,
+    shape: DecoderShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "none",
+    *,
+    by_column: bool = False,
 ) -> Weights:
     """The weights in `folder`, for which `unusable` gave None; the linear layers but the head quantised as asked for.
+
+    `by_column`: laid out for the products of single rows on a CPU (model/frozen.py).
 
     ModelError when a file turns out to be damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    weights = _allocate(shape, dtype, device, quantization)
+    weights = _allocate(shape, dtype, device, quantization, by_column)
     places = _places(weights, shape)
 
     def read(path: Path, names: list[str]) -> None:
@@ -99,6 +112,8 @@ def load_weights(
                 pass
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: its weights cannot be read ({error}); download the model again") from None
+    if by_column and shape.tied:  # a token is looked up in a row: the table is needed both ways
+        return replace(weights, head=weights.embed.t().contiguous().t())
     return weights
 
 
@@ -136,8 +151,10 @@ def _shares(path: Path, places: Mapping[str, Place]) -> Iterator[list[str]]:
         yield names
 
 
-def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none") -> Weights:
-    frozen = allocator(quantization, dtype, device)
+def _allocate(
+    shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none", by_column: bool = False
+) -> Weights:
+    frozen = allocator(quantization, dtype, device, by_column=by_column)
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -165,7 +182,10 @@ def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, qua
         for _ in range(shape.layers)
     ]
     embed = empty(shape.vocabulary, hidden)
-    return Weights(embed, tuple(layers), empty(hidden), embed if shape.tied else empty(shape.vocabulary, hidden))
+    head = embed
+    if not shape.tied:
+        head = empty(hidden, shape.vocabulary).t() if by_column else empty(shape.vocabulary, hidden)
+    return Weights(embed, tuple(layers), empty(hidden), head)
 
 
 def _shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:

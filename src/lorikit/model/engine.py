@@ -6,9 +6,10 @@ outside `model/` uses only these names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorikit.data.values import Batch
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class Sampling:
     """How the next token is chosen. Defaults are the tutorial's; temperature 0 is greedy.
 
-    `seed` makes a sampled answer repeatable on the same machine; None draws a new one each time.
+    `min_p` leaves out tokens less likely than that share of the likeliest one's probability. `seed` makes a sampled answer
+    repeatable on the same machine, whatever is answered beside it; None draws a new one each time.
     """
 
     max_new_tokens: int = 512
@@ -31,16 +33,71 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.1
     seed: int | None = None
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """One generated token of one prompt. `finish` is None until the last: "stop" (a stop token, not part of the answer),
-    "length" (max_new_tokens or the model's longest sequence reached)."""
+    "length" (max_new_tokens or the model's longest sequence reached).
+
+    `logprob` and `top`, pairs of id and logprob from the likeliest down, where the request asks for them: natural logarithms
+    of the model's own probabilities, before any setting of the sampling.
+    """
 
     prompt: int
     id: int
     finish: str | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be answered. `adapter` names a loaded one, None is the base; `top_logprobs` None: no logprobs, 0: the
+    chosen token's alone, n: and those of the n likeliest."""
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    adapter: str | None = None
+    top_logprobs: int | None = None
+
+
+ADAPTER = "default"  # the name of the adapter that an engine was loaded with
+
+
+class Decoding(Protocol):
+    """Requests that join and leave between steps. Driven by one thread; an adapter may be added by another meanwhile."""
+
+    num_slots: int
+
+    @property
+    def num_active(self) -> int:
+        """Requests that have a slot."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for one."""
+        ...
+
+    def add(self, request: Request) -> int:
+        """Its number; it waits in line while no slot is free. ModelError for an adapter that is not loaded, DataError for
+        a prompt that is empty or leaves no room for an answer."""
+        ...
+
+    def cancel(self, number: int) -> None:
+        """Free its slot at once; nothing where the request has ended already."""
+        ...
+
+    def step(self) -> list[Token]:
+        """At most one token for each active request, whose number is `Token.prompt`; [] only when there is none left."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; nothing can be added afterwards."""
+        ...
 
 
 # Beyond these a larger forward is no faster, it only takes memory. On 2 cores SmolLM2-135M trains 128 tokens a CPU second
@@ -74,11 +131,6 @@ class Engine(Protocol):
     def prepare(self, batch: Batch) -> Callable[[], Tensor]:
         """What `add_gradient` does on the host is done now, while the device may be busy; calling the result does the
         rest."""
-        ...
-
-    def foresee(self, batches: Iterable[Batch]) -> None:
-        """Batches that will come, in this order, until the next call or `train`; an engine may get ready for them meanwhile,
-        taking them one by one in a thread of its own."""
         ...
 
     def add_gradient(self, batch: Batch) -> Tensor:
@@ -120,6 +172,20 @@ class Engine(Protocol):
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Inside it the engine computes with the base alone."""
+        ...
+
+    def adapter_names(self) -> list[str]:
+        """Names of the loaded adapters, "default" first where the engine was loaded with one."""
+        ...
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load the PEFT adapter in `folder` beside the others, or in place of the one with this name; ModelError lists what
+        does not fit."""
+        ...
+
+    def decoding(self, num_slots: int, max_length: int) -> Decoding:
+        """A place for `num_slots` requests at a time, each of at most `max_length` tokens with its answer; OutOfMemoryError
+        says how many would fit."""
         ...
 
     def generate(

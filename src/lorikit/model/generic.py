@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,8 @@ from lorikit.data.pack import pack, to_device
 from lorikit.data.values import IGNORE, Batch, Example
 from lorikit.errors import ModelError
 from lorikit.model import lora, packed_attention
-from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
+from lorikit.model.engine import ADAPTER, BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
+from lorikit.model.serial_decoding import SerialDecoding
 from lorikit.model.streaming import stream_tokens
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class GenericEngine:
         self.model, self.choice, self.sharded = model, choice, sharded_on is not None
         self.base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.has_adapter = model is not self.base
+        self._inner = {ADAPTER: ADAPTER} if self.has_adapter else {}  # the names of adapters -> peft's names for them
+        self._num_added = 0
         self.device = sharded_on or self.base.get_input_embeddings().weight.device
         # peft calls the base's forward past the hooks that gather its shards; its layers are in the base in any case
         self._call: Any = self.base if self.sharded else model
@@ -86,9 +90,6 @@ class GenericEngine:
     def prepare(self, batch: Batch) -> Callable[[], Tensor]:
         """Nothing is done ahead."""
         return partial(self.add_gradient, batch)
-
-    def foresee(self, batches: Iterable[Batch]) -> None:
-        """Nothing can be got ready."""
 
     def add_gradient(self, batch: Batch) -> Tensor:
         """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
@@ -140,7 +141,7 @@ class GenericEngine:
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Inside it the engine computes with the base alone."""
-        return self.model.disable_adapter() if self.has_adapter else _nothing()
+        return self.model.disable_adapter() if self.has_adapter else nullcontext()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int]
@@ -149,14 +150,61 @@ class GenericEngine:
 
         transformers' own generate on left-padded batches. Closing the iterator stops the generation.
         """
+        # Those that were added are used by their name only.
+        with nullcontext() if ADAPTER in self._inner else self.without_adapter(), self._as_generate_wants() as model:
+            yield from stream_tokens(model, self.device, prompts, sampling, stop_ids)
+
+    @contextmanager
+    def generating(self, adapter: str | None) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model, which inside it is as transformers' generate wants it, with a loaded adapter or as the base alone."""
+        if adapter is None:
+            with self.without_adapter(), self._as_generate_wants() as model:
+                yield model
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        peft_model: Any = self.model
+        before = peft_model.active_adapter
+        peft_model.set_adapter(self._inner[adapter], inference_mode=True)
+        try:
+            with self._as_generate_wants() as model:
+                yield model
+        finally:
+            peft_model.set_adapter(before, inference_mode=True)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def _as_generate_wants(self) -> Iterator[PreTrainedModel | PeftModel]:
         training = self.model.training
         self.model.eval()
         self.base.set_attn_implementation(self._attention)
         try:
-            yield from stream_tokens(self.model, self.device, prompts, sampling, stop_ids)
+            yield self.model
         finally:
             self._enter(self.isolation)
             self.model.train(training)
+
+    def decoding(self, num_slots: int, max_length: int) -> SerialDecoding:
+        """Requests one after the other, whatever `num_slots` is: transformers cannot let any join later."""
+        return SerialDecoding(self, max_length)
+
+    def adapter_names(self) -> list[str]:
+        """Names of the loaded adapters, "default" first where the engine was loaded with one."""
+        return sorted(self._inner, key=lambda name: name != ADAPTER)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load the PEFT adapter in `folder` beside the others, or in place of the one with this name; ModelError lists what
+        does not fit."""
+        inner = f"added_{self._num_added}"  # peft's name for it: any text is a name here, not there
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model = lora.load_adapter(self.model, folder, trainable=False, name=inner)
+        self.has_adapter = True
+        self._num_added += 1
+        for parameter in trained:  # peft looks for its names anywhere in those of parameters
+            parameter.requires_grad_(True)
+        before, self._inner[name] = self._inner.get(name), inner
+        if before is not None:
+            self.model.delete_adapter(before)
 
     def _logits(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of float32 logits (n, V) and targets (n,), which together are the batch's labelled positions in order."""
@@ -217,8 +265,3 @@ class GenericEngine:
                 break
         self.model.train(training)
         return self.isolation
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

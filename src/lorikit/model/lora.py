@@ -113,29 +113,39 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:
-    """`model` with the PEFT adapter in `folder`. ModelError lists everything that does not fit at once."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+def load_adapter(
+    model: PreTrainedModel | PeftModel, folder: Path, *, trainable: bool, name: str = "default"
+) -> PeftModel:
+    """`model` with the PEFT adapter in `folder`, beside those that it has. ModelError lists everything that does not fit."""
+    from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
     from peft.utils import get_peft_model_state_dict
 
     values, state = read_config(folder), read_weights(folder)
-    names = {n.rpartition(".")[2] for n in linear_names(model)}
-    targets = values.get("target_modules")
-    if isinstance(targets, list) and not any(str(t).rpartition(".")[2] in names for t in targets):
-        raise ModelError(f"{folder}: adapts {', '.join(sorted(targets))}; the base has {', '.join(sorted(names))}")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel):
+        names = {n.rpartition(".")[2] for n in linear_names(base)}
+        targets = values.get("target_modules")
+        if isinstance(targets, list) and not any(str(t).rpartition(".")[2] in names for t in targets):
+            raise ModelError(f"{folder}: adapts {', '.join(sorted(targets))}; the base has {', '.join(sorted(names))}")
     config = PeftConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = model.name_or_path  # where it is here; peft would warn
+    config.base_model_name_or_path = base.name_or_path  # where it is here; peft would warn
     config.inference_mode = not trainable
     config.init_lora_weights = False
     try:
-        adapted = get_peft_model(model, config)
+        if isinstance(model, PeftModel):
+            adapted = model
+            adapted.add_adapter(name, config)
+        else:
+            adapted = get_peft_model(base, config, adapter_name=name)
     except (ValueError, TypeError) as error:
         raise ModelError(f"{folder}: peft cannot put this adapter on the base: {error}") from None
-    wanted = {k: v.shape for k, v in get_peft_model_state_dict(adapted).items()}
+    wanted = {k: v.shape for k, v in get_peft_model_state_dict(adapted, adapter_name=name).items()}
     problems = mismatches(state, wanted)
     if problems:
-        raise ModelError(f"{folder} does not fit the base {model.name_or_path}: " + "; ".join(problems))
-    set_peft_model_state_dict(adapted, state)
+        if adapted is model:
+            adapted.delete_adapter(name)
+        raise ModelError(f"{folder} does not fit the base {base.name_or_path}: " + "; ".join(problems))
+    set_peft_model_state_dict(adapted, state, adapter_name=name)
     return adapted.eval()
 
 

@@ -7,7 +7,7 @@ at the next step.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from typing import Any
@@ -27,7 +27,7 @@ def stream_tokens(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop_ids: frozenset[int],
-) -> Iterator[Token]:
+) -> Generator[Token]:
     """Tokens of all prompts, `BATCH` prompts at a time, prompts of like length together so that little is padded."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), BATCH):
@@ -103,7 +103,10 @@ def _run(
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     greedy = sampling.temperature == 0
-    choice = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    choice: dict[str, float] = {}
+    if not greedy:
+        choice = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        choice |= {"min_p": sampling.min_p} if sampling.min_p else {}
     settings = GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=sampling.max_new_tokens,

@@ -77,7 +77,7 @@ def plan_steps(config: TrainConfig, num_rows: int) -> Plan:
     )
 
 
-@lru_cache(maxsize=2)  # an engine may look into the next one
+@lru_cache(maxsize=1)
 def epoch_order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The order of the rows in an epoch: a permutation that depends on nothing but these three numbers."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))

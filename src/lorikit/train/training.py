@@ -16,7 +16,6 @@ from pathlib import Path
 from lorikit.config import RunConfig
 from lorikit.data.audit import fingerprint
 from lorikit.data.encode import Encoder
-from lorikit.data.pack import pack, split_step
 from lorikit.data.values import Example
 from lorikit.errors import DataError, DivergedError, Interrupted, ModelError, OutOfMemoryError
 from lorikit.model.engine import Engine
@@ -44,7 +43,6 @@ from lorikit.train.shared_state import check_same, share_state
 from lorikit.train.signals import Signals
 from lorikit.train.storage import new_folder
 
-_FORESEEN = 1000  # steps; more would be laid out for nothing
 _ADVICE = (
     "Look at the rows with `lorikit check`, then take a lower train.learning_rate, a longer warm-up or model.dtype bfloat16, "
     "with another train.output_dir"
@@ -133,7 +131,6 @@ class Training:
         try:
             if not self.state.settled:
                 self._end_step()
-            self._foresee()
             while not self._is_done():
                 self._step()
                 self._end_step()
@@ -148,7 +145,6 @@ class Training:
                 f"({str(error).splitlines()[0]}); {self._kept()}"
             ) from None
         finally:
-            self.engine.foresee(())
             self.report.stop()
             if self.metrics is not None:
                 self.metrics.close()
@@ -195,13 +191,6 @@ class Training:
             shared = Shared(self.ranks, self.signals, self._rows_of(step))
             return begin_step(*given, dropout_seed=seed, learning_rate=rate, shared=shared)
         return begin_step(*given, dropout_seed=seed, learning_rate=rate)
-
-    def _foresee(self) -> None:
-        """Tell the engine what comes next, as often as it was stopped looking there."""
-        steps = range(self.state.step + 1, min(self.state.step + _FORESEEN, self.plan.num_steps))
-        most = self.budget.max_tokens
-        shares = (self._share_of(step) for step in steps)
-        self.engine.foresee(pack(part) for share in shares if share for part in split_step(share, most))
 
     def _rows_of(self, step: int) -> list[Example]:
         return [self.rows[row] for row in self.plan.rows(step)]
@@ -252,7 +241,6 @@ class Training:
             self.signals.check()
             if self._evaluation_is_due(step):
                 self._evaluate()
-                self._foresee()
             self.state = replace(self.state, settled=True)
             self.signals.check()
         except Interrupted as signal:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ else:
     constexpr = getattr(tl, "constexpr", None)
 
 INTERPRETED = _FOUND and os.environ.get("TRITON_INTERPRET") == "1"
+CAPTURING = threading.Lock()  # held while a CUDA graph is captured: two at a time break each other
 _INTERPRETED: Any = tl.constexpr(INTERPRETED) if _FOUND else None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
