@@ -33,7 +33,7 @@ def torchrun(run, count, accident="", *options, **settings):
     """One run of the tiny engine in `count` processes; exit codes of the processes that failed by rank, and stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *options]
     command += [WORKER, str(run), accident, json.dumps(settings)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=280)
     found = re.findall(r"rank\s+: \d+ \(local_rank: (\d+)\)\s+exitcode\s+: (-?\d+)", done.stderr)
     codes = {int(rank): int(code) for rank, code in found}
     assert bool(codes) == bool(done.returncode), done.stderr
@@ -157,7 +157,7 @@ def command(tmp_path, *arguments):
 
 def test_the_command_line_starts_the_processes_and_speaks_with_one_voice(tmp_path):
     given = command(tmp_path, "--gpus", "2", "--json")
-    done = subprocess.run(given, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(given, env=environment(), capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"run": str(tmp_path / "run"), "adapter": str(tmp_path / "run" / "adapter")}
     assert done.stderr.count("2 processes share the rows of each step") == 1
@@ -165,7 +165,7 @@ def test_the_command_line_starts_the_processes_and_speaks_with_one_voice(tmp_pat
         done.stderr.count("step 2/4  epoch") == 1 and done.stderr.count("what is 3 ->") == 2
     )  # at step 2 and at the end
     assert "torch" not in done.stderr.replace(str(tmp_path), "")
-    again = subprocess.run(given, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    again = subprocess.run(given, env=environment(), capture_output=True, text=True, check=False, timeout=280)
     assert again.returncode == 0 and again.stderr.count("is finished") == 1
     wrong = subprocess.run(
         [*given[:-1], "--lora.r", "3"], env=environment(), capture_output=True, text=True, check=False
@@ -183,6 +183,7 @@ def test_a_signal_to_the_command_reaches_every_process(tmp_path):
         process.send_signal(signal.SIGTERM)
         said += process.stderr.read()
     assert process.returncode == 75, said
+    assert said.count("stopped by SIGTERM after step") == said.count("lorikit: ") == 1, said
     assert "Traceback" not in said and checkpoints(tmp_path / "run"), said
     assert all(verify(folder) == [] for folder in checkpoints(tmp_path / "run"))
 

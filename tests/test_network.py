@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorikit.errors import ConfigError
+from lorikit.train.cost import GPUS
 from lorikit.train.distributed import deal
-from lorikit.train.network import Links, count_ranks, layers_of
+from lorikit.train.network import Links, count_ranks, layers_of, links_of
+from lorikit.train.plan_costs import Target
 from test_distributed import command
 
 
@@ -56,16 +59,12 @@ def test_data_parallel_needs_the_memory_of_one_and_the_time_of_the_heaviest_shar
 
 
 def test_a_sharded_base_takes_less_of_each_gpu_the_more_there_are(lorikit, tmp_path):
-    weights = [
-        plan(lorikit, tmp_path, "--gpus", n, "--nodes", "2", "--model.device_map", "shard")["memory"]["parts"][
-            "weights"
-        ]
-        for n in ("1", "2", "4")
-    ]
+    several = (("1", "shard"), ("4", "shard"), ("4", "shard-offload"))
+    found = [plan(lorikit, tmp_path, "--gpus", n, "--nodes", "2", "--model.device_map", how) for n, how in several]
+    weights = [one["memory"]["parts"]["weights"] for one in found]
     assert weights[0] > weights[1] > weights[2] > 0
-    offloaded = plan(lorikit, tmp_path, "--gpus", "8", "--model.device_map", "shard-offload")
-    assert offloaded["memory"]["parts"]["weights"] < weights[2]
-    assert offloaded["spread"]["by_layer_bytes"] > 0
+    assert all(one["spread"]["sharded"] and one["spread"]["by_layer_bytes"] > 0 for one in found)
+    assert found[1]["spread"]["ranks"] == 8 and found[1]["spread"]["nodes"] == 2
 
 
 def test_the_table_says_that_nothing_of_it_was_measured(lorikit, tmp_path):
@@ -80,3 +79,10 @@ def test_more_ranks_than_rows_are_no_faster():
     lengths = [10, 20, 30]
     assert max(sum(lengths[k] for k in part) for part in deal(lengths, 3)) == 30
     assert max(sum(lengths[k] for k in part) for part in deal(lengths, 64)) == 30
+
+
+def test_between_machines_all_their_cards_carry_the_ring():
+    rates = GPUS["h100"]
+    target = Target("cuda", rates.name, rates.memory, rates, torch.bfloat16)
+    inside, eight, one = (links_of(target, ranks, nodes).bandwidth for ranks, nodes in ((8, 1), (16, 2), (2, 2)))
+    assert inside > eight == 8 * one

@@ -62,7 +62,7 @@ def whole(tmp_path_factory):
     """A run on the generic engine by one process; its folder and its command."""
     folder = tmp_path_factory.mktemp("whole")
     given = command(folder, "--lora.lora_dropout", "0", "--model.engine", "generic")
-    done = subprocess.run(given, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(given, env=environment(), capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     return folder, given
 
@@ -73,7 +73,7 @@ def test_two_processes_with_half_a_base_each_give_the_adapter_of_one(device_map,
     # Few tokens a forward: the two need different numbers of them, which the one with fewer makes up.
     more = ["--gpus", "2", "--model.device_map", device_map, "--train.max_tokens_per_forward", "150"]
     run = [*given, *more, "--train.output_dir", str(tmp_path / "run")]
-    done = subprocess.run(run, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(run, env=environment(), capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     assert same(folder / "run", tmp_path / "run", 1e-5)
     lines = [
@@ -93,6 +93,6 @@ def test_two_processes_with_half_a_base_each_give_the_adapter_of_one(device_map,
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=280,
     )
     assert told.returncode == 0, told.stderr

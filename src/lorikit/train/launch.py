@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from lorikit.errors import ConfigError, Interrupted
 from lorikit.train.distributed import started_by_torchrun
 
+_SHUTDOWN = 600  # seconds to finish a step and save after a signal, before torch's agent kills
 _KNOWN = (2, 3, 4, 5, 6, 7, 75, 130)
 
 
@@ -35,6 +36,7 @@ def launch(arguments: Sequence[str], count: int) -> None:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)  # the processes say it better
     # As many threads as alone, in all; torch's own code sets 1 a process.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -46,13 +48,13 @@ def launch(arguments: Sequence[str], count: int) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "lorikit", *arguments)
-    except SignalException as stopped:
-        raise Interrupted(f"stopped by {stopped.sigval.name}; the same command goes on") from None
+    except SignalException:  # of which rank 0 has told
+        raise SystemExit(Interrupted.exit_code) from None
     except ChildFailedError as failed:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         known = [code for code in codes.values() if code in _KNOWN]
         killed = {rank: -code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
-        if killed and not known and 1 not in codes.values():
+        if killed and set(known) <= {Interrupted.exit_code} and 1 not in codes.values():
             rank, number = next(iter(killed.items()))
             raise Interrupted(
                 f"process {rank} was killed by signal {number} (9 is often the machine, short of memory); the same command "

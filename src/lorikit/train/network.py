@@ -75,7 +75,8 @@ def links_of(target: Target, ranks: int, nodes: int) -> Links:
     if target.kind != "cuda":
         return Links(ranks, _LOOPBACK, _LOOPBACK_MESSAGE)
     inside = next((rate for name, rate in _NVLINK.items() if name in target.name), _PCIE)
-    slowest = min(inside, _NIC) if nodes > 1 else inside
+    # NCCL lays a ring through each card of a machine, so that all of them carry what goes between machines.
+    slowest = min(inside, _NIC * max(1, ranks // nodes)) if nodes > 1 else inside
     return Links(ranks, slowest * _ACHIEVED, _MESSAGE_BETWEEN if nodes > 1 else _MESSAGE)
 
 
