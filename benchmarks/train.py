@@ -24,7 +24,6 @@ from statistics import median
 import torch
 
 from lorikit.config import load_config
-from lorikit.data.pack import pack, split_step
 from lorikit.data.values import IGNORE, Example
 from lorikit.hub import Resolved
 from lorikit.model.decoder import DecoderEngine
@@ -70,9 +69,7 @@ def main() -> None:
         seed = derived_seed(0, "dropout", step)
         return begin_step(engine, optimizer, prepared, budget, dropout_seed=seed, learning_rate=1e-4)
 
-    # As the loop of `lorikit train`: the engine is told what comes, and runs one step ahead, but for when the clock starts.
-    steps = (rows[at : at + arguments.batch] for at in range(0, len(rows), arguments.batch))
-    engine.foresee(pack(share) for step in steps for share in split_step(step, budget.max_tokens))
+    # One step ahead, as the loop of `lorikit train`; nothing is in flight when the clock starts.
     started, ahead = time.perf_counter(), None
     for step in range(count):
         in_flight = ahead or begin(step)
@@ -85,7 +82,6 @@ def main() -> None:
         assert math.isfinite(done.loss_sum), "the loss is not finite"
         assert done.norm > 0, "there is no gradient: the figure would be worthless"
     step_seconds = median(seconds[WARM_UP:])
-    engine.foresee(())
     result = {
         "who": f"Lorikit, engine {engine.name}",
         "quantization": arguments.quantization,

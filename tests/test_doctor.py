@@ -18,6 +18,7 @@ from lorikit.bundled import BUNDLED
 from lorikit.doctor import Report, _lacks, _verdict, doctor, lora_gib, render
 from lorikit.errors import ModelError
 from test_hub import model_files, write
+from tiny_model import byte_level_tokenizer, save_model, save_run
 
 WHOLE = {
     "memory_gib": 64.0,
@@ -243,3 +244,16 @@ def test_the_verb_prints_text_or_one_json_document(tmp_path, base):
     assert "checkpoint-10" in text and "r 4, alpha 8, 40 parameters" in text
     shown = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert set(shown) == {"machine", "verdict", "missing", "run", "problems"}
+
+
+def test_doctor_says_whether_vllm_takes_an_adapter_as_it_is(tmp_path, lorikit):
+    run = save_run(tmp_path / "run", save_model(tmp_path / "base"))
+    told = doctor(run).run["adapter"]["vllm"]
+    assert told["max_lora_rank"] == 8 and len(told["problems"]) == 1 and "no tokenizer" in told["problems"][0]
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 600, "use_dora": True}))
+    byte_level_tokenizer().save_pretrained(run / "adapter")
+    problems = doctor(run).run["adapter"]["vllm"]["problems"]
+    assert len(problems) == 2 and "r is 600" in problems[0] and "DoRA" in problems[1]
+    code, out, _ = lorikit("doctor", run)
+    assert "vLLM" in out and "at most 512" in out and code == 0  # the adapter itself is whole

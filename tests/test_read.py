@@ -88,8 +88,8 @@ def test_the_tutorials_rows_are_all_read_with_the_lines_they_start_on():
         ("a.json", f"[\n{GOOD}]".encode("utf-16"), [2]),
         ("a.jsonl", f"{GOOD}\n{GOOD}".encode("utf-16-be").join([b"\xfe\xff", b""]), [1, 2]),
         ("a.csv", "instruction,output\r\na,b".encode("utf-32"), [2]),
-        ("a.jsonl.gz", gzip.compress(f"{GOOD}\n{GOOD}".encode()), [1, 2]),
-        ("a.csv.gz", gzip.compress(b"instruction,output\na,b"), [2]),
+        ("a.jsonl.gz", gzip.compress(f"{GOOD}\n{GOOD}".encode(), mtime=0), [1, 2]),
+        ("a.csv.gz", gzip.compress(b"instruction,output\na,b", mtime=0), [2]),
     ],
 )
 def test_files_are_read_whatever_their_suffix_and_encoding(tmp_path, name, content, where):
@@ -267,7 +267,7 @@ def test_a_file_in_another_encoding_throughout_is_an_error(tmp_path):
         ("a.txt", "hello", "the suffix '.txt' is not known and the content is not JSON"),
         ("a.parquet", "hello", "not a Parquet file"),
         ("a.parquet", b"PAR1 and no more", "a damaged Parquet file"),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 999)[:-30], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 999, mtime=0)[:-30], "cannot be read"),
         ("a.jsonl.gz", b"\x1f\x8b no gzip", "cannot be read"),
     ],
 )

@@ -21,6 +21,7 @@ STOP = 1
 class TinyEngine:
     name = "tiny"
     choice = ""
+    sharded = False
 
     def __init__(self, seed=0, dropout=0.1, width=16, rank=4):
         generator = torch.Generator().manual_seed(seed)
@@ -67,9 +68,6 @@ class TinyEngine:
 
     def prepare(self, batch):
         return lambda: self.add_gradient(batch)
-
-    def foresee(self, batches):
-        pass
 
     def flat(self):
         return None

@@ -20,6 +20,10 @@ from cyclopts import App, CycloptsError, Parameter
 
 from lorikit import __version__
 from lorikit.cli_data import Flags, Json, build, check, print_json
+from lorikit.cli_export import export, merge
+from lorikit.cli_report import Compare, compare, compare_after_training, runs
+from lorikit.cli_serve import serve
+from lorikit.cli_web import web
 from lorikit.errors import ConfigError, DiskError, LorikitError, ModelError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -130,11 +134,24 @@ def download(
 
 app.command(build)
 app.command(check)
+app.command(merge)
+app.command(export)
+app.command(serve)
+app.command(web)
+app.command(compare)
+app.command(runs)
 
 
 @app.command
 def plan(
-    config: Path, /, *flags: Flags, gpu: str | None = None, memory_gib: float | None = None, as_json: Json = False
+    config: Path,
+    /,
+    *flags: Flags,
+    gpu: str | None = None,
+    memory_gib: float | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    as_json: Json = False,
 ) -> None:
     """What RUN.yaml will need, before anything is loaded: engine, steps, memory by part, time, and what to change.
 
@@ -149,6 +166,10 @@ def plan(
         Plan for h100, h200, a100, a100-40, l40s, rtx4090 or rtx3090; by default for this machine's GPU, or its CPU.
     memory_gib
         Plan for a GPU with this much memory; without --gpu its speed is not known.
+    gpus
+        Plan for so many of them in a machine; memory is then that of each.
+    nodes
+        Plan for so many machines.
     """
     from lorikit.config import load_config
 
@@ -157,15 +178,21 @@ def plan(
     from lorikit.train.plan_view import render
 
     rows = partial(_show, what="rows")
-    asked = bool(flags or gpu or memory_gib)
-    planned = planning.plan(settings, gpu, memory_gib, rows) if settings else planning.compare(config, asked=asked)
+    asked = bool(flags or gpu or memory_gib or gpus or nodes)
+    planned = (
+        planning.plan(settings, gpu, memory_gib, rows, gpus=gpus, nodes=nodes)
+        if settings
+        else planning.compare(config, asked=asked)
+    )
     print_json(planned.to_dict()) if as_json else render(planned)
     if not planned.can_run:
         raise SystemExit(OutOfMemoryError.exit_code)
 
 
 @app.command
-def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
+def train(
+    config: Path, /, *flags: Flags, gpus: int | None = None, compare: Compare = True, as_json: Json = False
+) -> None:
     """Train an adapter as RUN.yaml says; the same command goes on with a run that was cut off.
 
     Any setting can follow as a flag, over the file: --lora.r 16 --train.learning_rate 2e-4. `lorikit config` lists them.
@@ -174,17 +201,31 @@ def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
     ----------
     config
         The YAML file of the run.
+    gpus
+        Share the rows of each step among so many GPUs of this machine (where it has none, processes); the adapter is the
+        same. torchrun does it for several machines: docs/distributed.md.
     """
     from lorikit.config import load_config
 
     settings = load_config(config, flags)  # before the slow imports: a typing error shows at once
+    if gpus is not None:
+        from lorikit.train.launch import launch
+
+        more = (["--json"] if as_json else []) + ([] if compare else ["--no-compare"])
+        launch(["train", str(config), *flags, *more], gpus)
+        return
+    from lorikit.train.distributed import speaks
     from lorikit.train.loop import train as run_training
 
     run = run_training(settings)
+    if not speaks():
+        return
     if as_json:
         print_json({"run": str(run), "adapter": str(run / "adapter")})
     else:
-        print(run)
+        print(run, flush=True)
+    if compare:
+        compare_after_training(run)
 
 
 @app.command

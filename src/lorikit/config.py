@@ -44,7 +44,7 @@ class ModelConfig(Group):
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     device_map: str | dict[str, int | str] | None = None
-    """For a base larger than one GPU: auto, balanced, sequential, or a map of module to device."""
+    """For a base larger than one GPU: shard, shard-offload (several processes); auto, balanced, sequential, or a map."""
     attn_implementation: str | None = None
     """transformers' name of an attention to use as it is (sdpa, eager, ...); by default the fastest that packs exactly."""
     engine: Literal["auto", "generic", "decoder"] = "auto"
@@ -147,7 +147,7 @@ class TrainConfig(Group):
     save_total_limit: Positive | None = 2
     """Checkpoints to keep, besides the best; null keeps all."""
     save_on_each_node: bool = False
-    """Accepted as in the tutorial; without effect yet, since one process trains and writes one run folder."""
+    """Of several machines each writes checkpoints and adapter into its own output_dir; false: one folder, by rank 0."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Initial adapter, order of rows, dropout."""
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)

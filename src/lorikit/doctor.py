@@ -125,6 +125,9 @@ def _run_rows(report: Report) -> Iterator[tuple[str, str, bool | None]]:
         yield "targets", ", ".join(adapter["target_modules"]), None
         at = f" at {adapter['revision']}" if adapter["revision"] else ""
         yield "base", f"{adapter['base']}{at}: {adapter['base_is']}", None
+        takes = adapter["vllm"]
+        fits = f"takes it as it is, with --enable-lora --max-lora-rank {takes['max_lora_rank']}"
+        yield "vLLM", "; ".join(takes["problems"]) or fits, not takes["problems"]
     for name, problems in run["checkpoints"].items():
         yield name, "; ".join(problems) or "whole", not problems
 
@@ -344,4 +347,16 @@ def _describe(folder: Path, hub: str, problems: list[str]) -> dict[str, Any]:
         "base": base,
         "revision": revision,
         "base_is": base_is,
+        "vllm": _vllm(folder, values),
     }
+
+
+def _vllm(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Whether vLLM takes the adapter as it is, and with which --max-lora-rank."""
+    from lorikit.serve import vllm
+
+    problems = vllm.problems(values)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        problems.append("no tokenizer beside it: vLLM takes the base's, and its chat template instead of the run's")
+    rank = values.get("r")
+    return {"max_lora_rank": vllm.max_lora_rank(rank) if isinstance(rank, int) else None, "problems": problems}

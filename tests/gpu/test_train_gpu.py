@@ -3,9 +3,7 @@
 import gc
 import io
 import os
-import random
 import signal
-import threading
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from lorikit.data.pack import pack
 from lorikit.data.values import Example
 from lorikit.errors import Interrupted, OutOfMemoryError
 from lorikit.hub import Resolved
-from lorikit.model.decoder_graph import StepGraphs
 from lorikit.model.load import load_engine
 from lorikit.train.metrics import peak_memory
 from lorikit.train.progress import Report
@@ -83,13 +80,15 @@ def test_a_step_that_does_not_fit_the_gpu_is_halved_and_a_row_that_does_not_fit_
     total = torch.cuda.get_device_properties(0).total_memory
     # Large enough for the 32 MiB that cuBLAS takes for each stream not to matter.
     made = training(base, tmp_path / "run", rows(34, 4096), max_tokens_per_forward=32 * 4096)
-    torch.cuda.reset_peak_memory_stats(0)
-    before = torch.cuda.memory_allocated(0)
-    made.engine.clear_gradient()
-    made.engine.add_gradient(pack(rows(16, 4096)))
+    for _ in range(2):  # the first call also sets up libraries
+        torch.cuda.reset_peak_memory_stats(0)
+        before = torch.cuda.memory_allocated(0)
+        made.engine.clear_gradient()
+        made.engine.add_gradient(pack(rows(16, 4096)))
     needed = torch.cuda.max_memory_allocated(0) - before
+    assert needed > 2**27
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + needed / 2 + 2**26) / total, 0)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + needed * 0.75) / total, 0)
     try:
         made.run()
         assert "out of memory at" in made.report.console.file.getvalue()
@@ -97,35 +96,11 @@ def test_a_step_that_does_not_fit_the_gpu_is_halved_and_a_row_that_does_not_fit_
         del made
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + 2**20) / total, 0)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(0) + 2**23) / total, 0)
         with pytest.raises(OutOfMemoryError, match=r"rows.json:\d+: one row of 4000 tokens does not fit"):
             training(base, tmp_path / "long", rows(6, 4000)).run()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
-
-
-def test_graphs_captured_in_a_thread_before_they_are_needed_give_the_same_bytes(base, tmp_path, monkeypatch):
-    examples = [row for length in (30, 120, 300, 700, 1300) for row in rows(33, length)]
-    random.Random(0).shuffle(examples)
-    threads = []
-    capture = StepGraphs._capture
-
-    def capture_noting(self, *arguments):
-        threads.append(threading.current_thread().name)
-        return capture(self, *arguments)
-
-    monkeypatch.setattr(StepGraphs, "_capture", capture_noting)
-    training(base, tmp_path / "ahead", examples).run()
-    ahead, threads = threads, []
-    assert ahead[0] != "graphs"
-    assert ahead.count("graphs") > len(ahead) / 2
-    on_time = training(base, tmp_path / "on time", examples)
-    on_time.engine.foresee = lambda batches: None
-    on_time.run()
-    assert "graphs" not in threads
-    assert len(threads) == len(ahead)
-    one, other = ((tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("ahead", "on time"))
-    assert one == other
 
 
 def test_peak_memory_is_that_of_the_gpu():

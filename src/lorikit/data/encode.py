@@ -107,6 +107,16 @@ class Encoder:
         cuts = _cuts(rendered, self._openings(shown))
         return self._safe.encode(rendered, standins, [*cuts.values(), len(rendered)]).ids
 
+    def render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        """The text of a conversation as the template shows it; `generate` opens the next assistant turn."""
+        return self._render(self._protected(self._fitted(messages), {}), generate=generate)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of plain text to go on with, after BOS where the model has one; none of it becomes a control token."""
+        standins: dict[str, str] = {}
+        protected = self._safe.protect(text, standins, text)
+        return [*([] if self._bos is None else [self._bos]), *self._safe.encode(protected, standins).ids]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens. Added ones that are not special, such as <think>, are part of it."""
         text = self.tokenizer.decode(

@@ -6,7 +6,6 @@ moves the cursor or is one of the marks is written as an escape (`visible`).
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,8 @@ from lorikit.config import RunConfig
 from lorikit.data.account import KINDS, DataReport, Lengths, Tokens
 from lorikit.data.audit import DataSet, Progress, audit, read
 from lorikit.data.values import IGNORE, Example
+from lorikit.data.view_html import check_html
+from lorikit.data.visible import visible as visible  # noqa: PLC0414  part of this module's interface
 from lorikit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 Use = Literal["learnt", "read", "cut"]
 """What training does with a token: it carries loss, it is only context, or it lies behind max_length."""
 
-_MARKS = "⟦⟧▐▌↵✂"
 _STYLES: dict[tuple[Use, bool], str] = {
     ("learnt", False): "bold green",
     ("learnt", True): "black on green",
@@ -42,7 +42,6 @@ _STYLES: dict[tuple[Use, bool], str] = {
     ("cut", True): "strike red",
 }
 _SEVERITIES = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _SHOWN = 5
 _LONG_SPAN = 600
@@ -83,6 +82,10 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """The report's JSON values, and the samples."""
         return self.report.to_dict() | {"samples": [asdict(one) for one in self.samples]}
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return check_html(self.report, self.samples)
 
 
 def check(
@@ -146,20 +149,6 @@ def render(checked: Check, console: Console | None = None) -> None:
         if number:
             console.print()
         console.print(block, highlight=False)
-
-
-def visible(text: str, keep: str = "") -> str:
-    """`text` with escapes for what is invisible, moves the cursor or turns the direction, and for our own marks."""
-
-    def shown(char: str) -> str:
-        if char in keep:
-            return char
-        # Joiners are part of emoji and of Persian words, and harmless.
-        if char in _MARKS or (unicodedata.category(char) in _UNSEEN and char not in "\u200c\u200d"):
-            return char.encode("unicode_escape").decode()
-        return char
-
-    return "".join(map(shown, text))
 
 
 def _text(encoder: Encoder, ids: list[int], start: int, end: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,18 @@ def prompt_of(text: str) -> Prompt:
         return _prompt({"prompt": text})
     except RowError as error:
         raise DataError(str(error)) from None
+
+
+def conversation_of(prompt: str | Sequence[Message | Mapping[str, Any]]) -> tuple[Message, ...]:
+    """The messages of a text or of a list of turns; DataError for what is neither, or ends in an answer."""
+    if isinstance(prompt, str):
+        return prompt_of(prompt).messages
+    turns = [asdict(turn) if isinstance(turn, Message) else turn for turn in prompt]
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    try:
+        return _prompt({"messages": turns}).messages
+    except RowError as error:
+        raise DataError(f"the prompt: {error}") from None
 
 
 def answer_rows(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Literal
 from lorikit.config import RunConfig, load_config
 from lorikit.data.encode import Encoder
 from lorikit.errors import ModelError
-from lorikit.hub import resolve_model
+from lorikit.hub import Resolved, resolve_model
 from lorikit.model import lora
 from lorikit.model.engine import Engine
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
@@ -37,6 +37,23 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
+class Located:
+    """What a name stands for, before anything large is loaded: settings (device and type as asked), the base's folder,
+    the adapter's folder and the folder of the tokenizer."""
+
+    config: RunConfig
+    base: Resolved
+    adapter: Path | None
+    tokenizer: Path
+    notes: tuple[str, ...] = ()
+
+    def encoder(self) -> Encoder:
+        """The one that the run was trained with."""
+        tokenizer = load_tokenizer(self.tokenizer, trust_remote_code=self.config.model.trust_remote_code)
+        return Encoder(tokenizer, self.config.data, stop_ids(self.base.path))
+
+
+@dataclass(frozen=True, slots=True)
 class _Found:
     config: RunConfig
     origin: str = ""  # of the base's name
@@ -59,8 +76,29 @@ def open_run(
     settings of the run, and `path` may also be the folder or the id of a base model. Raises ModelError that says what to
     do where there is no adapter, and whatever loading the base, its adapter and its template raises.
     """
+    located = locate(path, device=device, dtype=dtype, need_adapter=need_adapter)
+    encoder = located.encoder()
+    return Session(
+        engine=load_engine(located.config.model, located.base, adapter=located.adapter),
+        encoder=encoder,
+        config=located.config,
+        name=str(path),
+        base=located.base.name,
+        max_length=longest(located.base.path),
+        has_adapter=located.adapter is not None,
+        notes=(*located.notes, *encoder.notes),
+    )
+
+
+def locate(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    need_adapter: bool = True,
+) -> Located:
+    """What `open_run` would load, with the same arguments and errors; the base is downloaded if need be."""
     found = _find(str(path), need_adapter)
-    adapter = found.adapter if need_adapter else None
     settings = found.config.model
     revision = settings.revision
     if revision is None and found.adapter and not Path(settings.name_or_path).exists():
@@ -68,23 +106,17 @@ def open_run(
     overrides: dict[str, object] = {} if dtype == "auto" else {"dtype": dtype}
     if device != "auto":
         overrides |= {"device": device, "device_map": None}
-    settings = settings.model_copy(update=overrides)
     try:
         base = resolve_model(settings.name_or_path, revision, settings.hub)
     except ModelError as error:
         what = "neither a folder nor a model" if settings.name_or_path == str(path) else f"no base ({found.origin})"
         raise ModelError(f"{path}: {what}: {error}") from None
-    tokenizer = load_tokenizer(found.tokenizer or base.path, trust_remote_code=settings.trust_remote_code)
-    encoder = Encoder(tokenizer, found.config.data, stop_ids(base.path))
-    return Session(
-        engine=load_engine(settings, base, adapter=adapter),
-        encoder=encoder,
-        config=found.config,
-        name=str(path),
-        base=base.name,
-        max_length=_longest(base.path),
-        has_adapter=adapter is not None,
-        notes=(*found.notes, *encoder.notes),
+    return Located(
+        config=found.config.model_copy(update={"model": settings.model_copy(update=overrides)}),
+        base=base,
+        adapter=found.adapter if need_adapter else None,
+        tokenizer=found.tokenizer or base.path,
+        notes=found.notes,
     )
 
 
@@ -152,7 +184,7 @@ def _default_settings(base: str) -> RunConfig:
     return load_config(model={"name_or_path": base}, data={"train": "none"}, train={"output_dir": "none"})
 
 
-def _longest(model: Path) -> int:
+def longest(model: Path) -> int:
     """The longest sequence of a model, in tokens, by its config.json."""
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))

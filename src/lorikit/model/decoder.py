@@ -8,7 +8,7 @@ a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ class DecoderEngine:
 
     name = "decoder"
     choice = ""
+    sharded = False
 
     def __init__(
         self,
@@ -62,7 +63,6 @@ class DecoderEngine:
         self.layers = self._plain if adapter is None else self._adapted(adapter)
         self._tables: dict[int, Tensor] = {}  # none is ever freed: captured graphs go on reading theirs
         self._graphs: StepGraphs | None = None
-        self._upcoming: Iterator[Batch] | None = None
         self._others: dict[str, Adapter] = {}  # added after loading, by name; "default" here replaces the first one
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
         self.decode_graphs = graphs  # either may be turned off before `decoding`: answers take longer and stay the same
@@ -86,18 +86,12 @@ class DecoderEngine:
 
         On a GPU that is to replay a CUDA graph, where a batch is small enough for the starts of its kernels to matter.
         """
-        found = self._bucket(batch)
-        if found is None:
+        at = lay_out(batch) if self._takes_graphs and batch.num_tokens <= GRAPH_TOKENS else None
+        if at is None or self.levels(len(at.tokens))[0] == Keep.HOST:
             return partial(self._eager_gradient, batch)
-        bucket, fill = found
-        return partial(self._graphed_gradient, bucket, fill())
-
-    def foresee(self, batches: Iterable[Batch]) -> None:
-        """Batches that will come: the graphs that they need are captured in a thread, after the first one, until the next
-        call of this or `train`."""
-        if self._graphs is not None:
-            self._graphs.stop_ahead()
-        self._upcoming = iter(batches) if self._takes_graphs else None
+        bucket = bucket_of(at)
+        self.rope_tables(bucket.longest)  # which a capture could not make
+        return partial(self._graphed_gradient, bucket, fill_bucket(batch, at, bucket))
 
     def add_gradient(self, batch: Batch) -> Tensor:
         """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
@@ -144,8 +138,6 @@ class DecoderEngine:
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off."""
-        if mode != self.training:
-            self.foresee(())
         self.training = mode
 
     @contextmanager
@@ -243,30 +235,15 @@ class DecoderEngine:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _bucket(self, batch: Batch) -> tuple[Bucket, Callable[[], Inputs]] | None:
-        """The graph that a batch needs and how to fill it; None where it goes without."""
-        at = lay_out(batch) if self._takes_graphs and batch.num_tokens <= GRAPH_TOKENS else None
-        if at is None or self.levels(len(at.tokens))[0] == Keep.HOST:
-            return None
-        bucket = bucket_of(at)
-        self.rope_tables(bucket.longest)  # which a capture could not make
-        return bucket, partial(fill_bucket, batch, at, bucket)
-
     def _graphed_gradient(self, bucket: Bucket, filled: Inputs) -> Tensor:
         if self._graphs is None:
             self._graphs = StepGraphs(self.parameters(), self.device)
         try:
-            loss = self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
+            return self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
         except torch.OutOfMemoryError:
             # Memory is short: from here on without graphs, whose pool stands beside what evaluations need.
-            self.foresee(())
             self._graphs, self._takes_graphs = None, False
             raise
-        if self._upcoming is not None:
-            found = (bucket for bucket in map(self._bucket, self._upcoming) if bucket is not None)
-            self._graphs.capture_ahead(self._loss_sum, found)
-            self._upcoming = None
-        return loss
 
     def _draw_seed(self) -> int:
         """The number that this forward's dropout masks come from."""

@@ -10,7 +10,6 @@ outlives a replay.
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -131,8 +130,7 @@ def _keys(at: Layout, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
 class StepGraphs:
     """Graphs of one computation (loss_sum of a Packed under a seed) and its gradient, one for each bucket that comes up.
 
-    `parameters` get their `.grad` added to, which must exist and stay where it is. Capturing takes Python as long as starting
-    all the kernels would, so buckets that are known to come are captured in a thread while the GPU replays others.
+    `parameters` get their `.grad` added to, which must exist and stay where it is.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
@@ -143,9 +141,6 @@ class StepGraphs:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._loss = torch.zeros((), device=device)
         self._warm = False
-        self._lock = threading.Lock()  # of captures
-        self._leave = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -153,53 +148,23 @@ class StepGraphs:
     def add_gradient(self, compute: Compute, bucket: Bucket, filled: Inputs, seed: int) -> Tensor:
         """() float32: the loss sum of a batch in its bucket, its gradient added to the parameters' `.grad`.
 
-        After torch.OutOfMemoryError in a capture the graphs are of no use any more: what the caller does next needs their room.
+        After torch.OutOfMemoryError in a capture all graphs are gone: what the caller does next needs their room.
         """
         if bucket not in self._graphs:
-            with self._lock:  # once more in there: the thread may just have captured it
-                self._add(compute, bucket, filled)
+            begun = time.perf_counter()
+            try:
+                self._graphs[bucket] = self._capture(compute, bucket, filled)
+            except (RuntimeError, MemoryError):
+                self._graphs.clear()
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
+            self.capture_seconds += time.perf_counter() - begun
         graph, inputs = self._graphs[bucket]
         for field in fields(Inputs):
             getattr(inputs, field.name).copy_(getattr(filled, field.name), non_blocking=True)
         inputs.seed.fill_(seed)
         graph.replay()
         return self._loss.clone()
-
-    def capture_ahead(self, compute: Compute, upcoming: Iterator[tuple[Bucket, Callable[[], Inputs]]]) -> None:
-        """Capture the buckets that will come, each with a way to fill it, in a thread, until `stop_ahead`.
-
-        In the meantime the caller may replay graphs and copy between host and device, not synchronise the whole device.
-        """
-        self.stop_ahead()
-        self._leave.clear()
-        self._thread = threading.Thread(target=self._capture_all, args=(compute, upcoming), name="graphs", daemon=True)
-        self._thread.start()
-
-    def stop_ahead(self) -> None:
-        """Let no capture be in progress, nor begin."""
-        self._leave.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _capture_all(self, compute: Compute, upcoming: Iterator[tuple[Bucket, Callable[[], Inputs]]]) -> None:
-        with (
-            torch.cuda.device(self._device),
-            suppress(RuntimeError, MemoryError),
-        ):  # the caller will meet it where it matters
-            for bucket, fill in upcoming:
-                if self._leave.is_set():
-                    return
-                if bucket not in self._graphs:
-                    filled = fill()
-                    with self._lock:
-                        self._add(compute, bucket, filled)
-
-    def _add(self, compute: Compute, bucket: Bucket, filled: Inputs) -> None:
-        if bucket not in self._graphs:
-            begun = time.perf_counter()
-            self._graphs[bucket] = self._capture(compute, bucket, filled)
-            self.capture_seconds += time.perf_counter() - begun
 
     def _capture(self, compute: Compute, bucket: Bucket, filled: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs]:
         inputs = Inputs(**{f.name: getattr(filled, f.name).to(self._device) for f in fields(Inputs)})
@@ -212,6 +177,7 @@ class StepGraphs:
                 self._warm = True
                 torch.cuda.synchronize(self._device)
                 torch.cuda.empty_cache()  # the graphs have a pool of their own: without this the memory is taken twice
+            torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             # Not torch.cuda.graph: it empties torch's cache for each graph, which is slow.
             with CAPTURING, _no_collection():

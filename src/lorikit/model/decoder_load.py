@@ -71,8 +71,12 @@ def load(
     from lorikit.model.decoder import DecoderEngine
     from lorikit.model.decoder_adapter import Adapter
     from lorikit.model.decoder_weights import load_weights
+    from lorikit.model.kernels.launch import start_compiler
 
     base = plan.base
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start_compiler()  # needs seconds, beside the reading of weights
     try:
         by_column = device.type == "cpu" and dtype == torch.float32 and not plan.trainable
         weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization, by_column=by_column)

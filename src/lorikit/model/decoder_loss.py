@@ -63,6 +63,7 @@ class _LossSum(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 logits.div_(sums).scatter_add_(1, at, torch.full_like(target, -1.0)).mul_(counts)
                 grads.append(logits.to(head.dtype) @ head)
+            del logits  # before those of the next chunk are made
         if grads:
             ctx.save_for_backward(rmsnorm_backward(torch.cat(grads), x, norm, eps))
         return total

@@ -6,7 +6,7 @@ outside `model/` uses only these names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,9 @@ class Engine(Protocol):
     choice: str
     """Why this engine was taken and not the other, for the person who trains; empty where there is nothing to say."""
 
+    sharded: bool
+    """Whether the base is shared by the processes of the run, which must then run equally many forwards."""
+
     def loss_sum(self, batch: Batch) -> Tensor:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
         ...
@@ -128,11 +131,6 @@ class Engine(Protocol):
     def prepare(self, batch: Batch) -> Callable[[], Tensor]:
         """What `add_gradient` does on the host is done now, while the device may be busy; calling the result does the
         rest."""
-        ...
-
-    def foresee(self, batches: Iterable[Batch]) -> None:
-        """Batches that will come, in this order, until the next call or `train`; an engine may get ready for them meanwhile,
-        taking them one by one in a thread of its own."""
         ...
 
     def add_gradient(self, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
@@ -41,22 +41,37 @@ class GenericEngine:
     """A transformers model, plain or inside a PeftModel, on its device.
 
     `attention` keeps that implementation of transformers instead of trying the packed one. `choice` says why this engine
-    was chosen, for the person who trains; empty when it was asked for.
+    was chosen, for the person who trains; empty when it was asked for. A base of
+    model/sharded.py computes on `sharded_on`.
     """
 
     name = "generic"
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *, attention: str | None = None, choice: str = "") -> None:
-        self.model, self.choice = model, choice
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        attention: str | None = None,
+        choice: str = "",
+        sharded_on: torch.device | None = None,
+    ) -> None:
+        self.model, self.choice, self.sharded = model, choice, sharded_on is not None
         self.base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.has_adapter = model is not self.base
         self._inner = {ADAPTER: ADAPTER} if self.has_adapter else {}  # the names of adapters -> peft's names for them
         self._num_added = 0
-        self.device = self.base.get_input_embeddings().weight.device
+        self.device = sharded_on or self.base.get_input_embeddings().weight.device
+        # peft calls the base's forward past the hooks that gather its shards; its layers are in the base in any case
+        self._call: Any = self.base if self.sharded else model
         found = self.base.config._attn_implementation
         self._attention = attention or ("sdpa" if found == packed_attention.NAME else found)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
         self.isolation = self._find_isolation(["masked", "rows"] if attention else ["packed", "masked", "rows"])
+        if self.sharded and self.isolation == "rows":
+            raise ModelError(
+                "the model mixes the rows of a batch, so that processes would need different numbers of forwards; it cannot be "
+                "sharded: set model.device_map: auto"
+            )
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """() float32: cross entropy summed over the targets that are not IGNORE, with a graph to the adapter."""
@@ -75,9 +90,6 @@ class GenericEngine:
     def prepare(self, batch: Batch) -> Callable[[], Tensor]:
         """Nothing is done ahead."""
         return partial(self.add_gradient, batch)
-
-    def foresee(self, batches: Iterable[Batch]) -> None:
-        """Nothing can be got ready."""
 
     def add_gradient(self, batch: Batch) -> Tensor:
         """() float32: `loss_sum` without a graph, its gradient added to the parameters' `.grad`."""
@@ -217,7 +229,7 @@ class GenericEngine:
             assert batch is not None
             extra |= {"cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
             extra |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
-        logits = self.model(input_ids=input_ids[None], use_cache=False, **extra).logits[0]
+        logits = self._call(input_ids=input_ids[None], use_cache=False, **extra).logits[0]
         logits = logits if self._keeps_logits else logits[keep.to(logits.device)]
         return logits.float(), targets[keep].to(logits.device)
 

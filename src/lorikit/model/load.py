@@ -97,12 +97,13 @@ def _load_generic(
     gradient_checkpointing: bool,
     choice: str,
 ) -> Engine:
+    from lorikit.model import sharded
     from lorikit.model.frozen import quiet_bitsandbytes
     from lorikit.model.generic import GenericEngine
 
     quiet_bitsandbytes()
-    model = load_base(config, base)
     trainable = new_adapter is not None
+    model = load_base(config, base, shards=trainable)
     wrapped: Any = model
     if adapter is not None:
         wrapped = lora.load_adapter(model, adapter, trainable=trainable)
@@ -111,7 +112,13 @@ def _load_generic(
     if gradient_checkpointing and trainable:
         enable_checkpoints(model)
     wrapped.eval()
-    return GenericEngine(wrapped, attention=config.attn_implementation, choice=choice)
+    shared = sharded.is_sharded(config) and trainable
+    device = pick_device(config.device)
+    if shared:
+        sharded.move_adapter(wrapped, device)
+    return GenericEngine(
+        wrapped, attention=config.attn_implementation, choice=choice, sharded_on=device if shared else None
+    )
 
 
 def enable_checkpoints(model: PreTrainedModel) -> None:
@@ -124,14 +131,20 @@ def enable_checkpoints(model: PreTrainedModel) -> None:
     model.enable_input_require_grads()
 
 
-def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:
-    """The frozen base model in its type on its device."""
+def load_base(config: ModelConfig, base: Resolved, *, shards: bool = False) -> PreTrainedModel:
+    """The frozen base model in its type on its device; a base that was trained in shards is spread as transformers does it,
+    unless `shards` are asked for."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
+    from lorikit.model import sharded
+
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    if shards and sharded.is_sharded(config):
+        return sharded.load(config, base.path, base.name, dtype, device)
+    device_map = "auto" if sharded.is_sharded(config) else config.device_map
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -141,7 +154,7 @@ def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             str(base.path),
             dtype=dtype,
-            device_map=config.device_map or {"": str(device)},
+            device_map=device_map or {"": str(device)},
             attn_implementation=config.attn_implementation,
             quantization_config=nf4 if config.quantization == "nf4" else None,
             trust_remote_code=config.trust_remote_code,
@@ -160,12 +173,18 @@ def load_base(config: ModelConfig, base: Resolved) -> PreTrainedModel:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA GPU, else Apple's, else the CPU. ConfigError for one that is not there."""
+    """`auto` is the first CUDA GPU (of several processes each its own), else Apple's, else the CPU.
+
+    ConfigError for one that is not there.
+    """
     import torch
 
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda:0" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        # Of several processes each has chosen its GPU before; asking would start CUDA where nobody did.
+        begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        number = torch.cuda.current_device() if begun else 0
+        return torch.device(f"cuda:{number}" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

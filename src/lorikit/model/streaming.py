@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -119,7 +119,7 @@ def _run(
     # A sampled answer must not move the random state of the caller.
     isolated = torch.random.fork_rng(devices=devices) if sampling.seed is not None else nullcontext()
     try:
-        with torch.inference_mode(), isolated:
+        with _without_gradient(model), torch.cuda.device(device) if devices else nullcontext(), isolated:
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
             model.generate(
@@ -134,3 +134,13 @@ def _run(
         steps.put(None)
     except BaseException as error:
         steps.put(error)
+
+
+def _without_gradient(model: Any) -> AbstractContextManager[Any]:
+    """inference_mode, but for a sharded base: training goes on with the buffers that its layers are gathered into."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            return torch.no_grad()
+    return torch.inference_mode()

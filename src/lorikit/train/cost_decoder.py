@@ -247,24 +247,23 @@ class _Replay:
         with self.ledger.local() as new:
             self.ops.norm(labels, self.shape.hidden)
             new(width, "logits")
-            new(self.logits(with_gradient=True), "logits")  # those of the last chunk stay till the function ends
+            self.logits(with_gradient=True)
             new(2 * width, "logits")
             self.ops.norm_backward(labels, self.shape.hidden)
             self.ledger.spike("logits", width)
         self.ledger.spike("logits", width)
 
-    def logits(self, *, with_gradient: bool) -> int:
-        """The chunks, of which the last one's bytes come back: while the next are made, those before are still there."""
+    def logits(self, *, with_gradient: bool) -> None:
+        """One chunk after the other."""
         labels, shape, e = self.sizes.labels, self.shape, self.cost.element
         if not labels:
-            return 0
+            return
         count = -(-labels * shape.vocabulary // (_CHUNK if self.cost.kernels else _CHUNK_CPU))
         rows = -(-labels // count)
         chunk = rows * shape.vocabulary
         wide = 0 if e == 4 else 4 * chunk  # float32 logits are not copied
-        before = 4 * chunk if count > 1 and with_gradient else 0
-        grads = labels * shape.hidden * e if before else 0
-        self.ledger.spike("logits", before + grads + chunk * e + wide)
+        grads = labels * shape.hidden * e if count > 1 and with_gradient else 0
+        self.ledger.spike("logits", grads + chunk * e + wide)
         self.ledger.product(labels, shape.hidden, shape.vocabulary, e)
         self.ledger.move(labels * shape.vocabulary * (2 * e + 4 * (9 if with_gradient else 3)), 10 * count)
         if with_gradient:
@@ -272,7 +271,6 @@ class _Replay:
             self.ledger.product(labels, shape.hidden, shape.vocabulary, e)
         elif self.cost.kernels:
             self.ledger.spike("logits", 8 * chunk)  # what logsumexp subtracts the largest from
-        return 4 * chunk
 
     def backward(self, layer: int, new: New, kept: list[int]) -> None:
         """`_backward` with what was kept, or computed again before it; frees `kept` when it is done."""

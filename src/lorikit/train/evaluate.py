@@ -6,33 +6,62 @@ import math
 from collections.abc import Callable, Sequence
 
 from lorikit.data.encode import Encoder
-from lorikit.data.pack import pack
+from lorikit.data.pack import pack, split_step
 from lorikit.data.values import Example, Message
 from lorikit.model.engine import Engine, Sampling
-from lorikit.train.optim import Budget
+from lorikit.train.distributed import AgreedSignals, Ranks, lengths_of
+from lorikit.train.optim import Budget, num_forwards
+from lorikit.train.signals import Signals
 
 _BLOCK = 256  # rows packed at a time
+_BLOCK_CPU = 32  # of several ranks on CPUs, which look for signals only between blocks
 
 
-def held_out_loss(engine: Engine, examples: Sequence[Example], budget: Budget, check: Callable[[], None]) -> float:
-    """Mean cross entropy over the labelled tokens of all rows, dropout off. `check` may raise between forwards."""
+def held_out_loss(
+    engine: Engine,
+    examples: Sequence[Example],
+    budget: Budget,
+    signals: Signals | AgreedSignals,
+    ranks: Ranks,
+) -> float:
+    """Mean cross entropy over the labelled tokens of all rows, dropout off; with several ranks each computes its part.
+
+    Raises Interrupted between forwards, with several ranks between blocks of rows, on all of them.
+    """
     sums: list[float] = []
     count = 0
     block: list[float] = []
+    size = _BLOCK
+    if ranks.active:
+        size = ranks.size * (_BLOCK_CPU if engine.device.type == "cpu" else _BLOCK)
 
     def forward(share: list[Example]) -> None:
-        check()
+        signals.check()
         block.extend(engine.token_losses(pack(share)).tolist())
 
     engine.train(False)
     try:
-        for start in range(0, len(examples), _BLOCK):
-            budget.run(examples[start : start + _BLOCK], block.clear, forward)
+        for start in range(0, len(examples), size):
+            rows = examples[start : start + size]
+            part = ranks.share(rows, lengths_of(rows))
+            block.clear()
+            if engine.sharded:
+                idle = num_forwards(ranks, rows, budget.max_tokens) - (
+                    len(split_step(part, budget.max_tokens)) if part else 0
+                )
+                for _ in range(idle):
+                    engine.token_losses(pack(rows[:1]))
+            if part:
+                budget.run(part, block.clear, forward)
             sums.append(math.fsum(block))
             count += len(block)
+            if isinstance(signals, AgreedSignals):
+                signals.agree()
+                signals.check()
     finally:
         engine.train(True)
-    return math.fsum(sums) / count
+    told = ranks.numbers(math.fsum(sums), count)
+    return math.fsum(total for total, _ in told) / sum(number for _, number in told)
 
 
 def answers(

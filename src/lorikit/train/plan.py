@@ -18,7 +18,9 @@ from lorikit.data.encode import Encoder
 from lorikit.errors import ConfigError
 from lorikit.hub import Resolved, resolve_data, resolve_model
 from lorikit.model.load import load_tokenizer, stop_ids
+from lorikit.model.sharded import is_sharded
 from lorikit.train.advice import advice, gib, longest_row, seconds
+from lorikit.train.network import count_ranks, layers_of, links_of, on_ranks, sharded_costs, spread
 from lorikit.train.plan_costs import choose_target, costs_of
 from lorikit.train.predict import Prediction, memory_of, predict
 from lorikit.train.run_folder import CONFIG, ENVIRONMENT, is_finished, measured
@@ -48,8 +50,11 @@ def plan(
     memory_gib: float | None = None,
     progress: Progress | None = None,
     say: Say | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
 ) -> Prediction:
-    """What this run will need on the GPU named, on one with `memory_gib`, or on this machine's device.
+    """What this run will need on the GPU named, on one with `memory_gib`, or on this machine's device; on `gpus` of them in
+    each of `nodes` machines.
 
     `progress` is told rows done and rows in all. Raises what `train` raises for settings, data and model, and ConfigError
     for a GPU that is not known.
@@ -58,11 +63,20 @@ def plan(
     base = resolve_model(config.model.name_or_path, config.model.revision, config.model.hub, say)
     costs = costs_of(config, base, target)
     prepared = _prepare(config, base, say, progress)
-    predicted = predict(config, base.name, costs, target, prepared.train, prepared.held_out)
+    ranks, nodes = count_ranks(gpus, nodes)
+    shared = gpus is not None or nodes > 1 or is_sharded(config.model)
+    layers = layers_of(base.path, costs.base_parameters, target.dtype.itemsize)
+    alone = predict(config, base.name, costs, target, prepared.train, prepared.held_out)
+    costs = sharded_costs(costs, config.model, layers, ranks)
+    predicted = alone
+    if shared:
+        part = predict(config, base.name, costs, target, prepared.train, prepared.held_out, ranks=ranks)
+        links, cpu = links_of(target, ranks, nodes), target.kind == "cpu"
+        predicted = on_ranks(part, spread(alone, part, config.model, layers, links, nodes, shared_cpu=cpu))
     if predicted.fits is False:
         longest = costs.sizes([longest_row(prepared.train)])
         predicted = replace(predicted, alone=memory_of(costs, target, [longest], []).needed)
-    words = advice(config, base, target, costs, predicted, prepared.train, prepared.held_out)
+    words = [] if shared else advice(config, base, target, costs, predicted, prepared.train, prepared.held_out)
     return replace(predicted, advice=words, notes=[*prepared.report.notes, *predicted.notes])
 
 

@@ -22,6 +22,7 @@ from lorikit.model.decoder_graph import bucket_for
 from lorikit.model.decoder_memory import Keep, choose
 from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU
 from lorikit.model.load import pick_device, pick_dtype
+from lorikit.model.sharded import is_sharded
 from lorikit.train import cost_decoder
 from lorikit.train.cost import (
     GIB,
@@ -101,7 +102,11 @@ def choose_target(model: ModelConfig, gpu: str | None, memory_gib: float | None,
     device = pick_device(model.device)
     dtype = pick_dtype(model.dtype, device)
     if device.type == "cuda":
-        numbers = range(torch.cuda.device_count()) if model.device_map is not None else [device.index or 0]
+        numbers = (
+            range(torch.cuda.device_count())
+            if model.device_map is not None and not is_sharded(model)
+            else [device.index or 0]
+        )
         cards = [torch.cuda.get_device_properties(number) for number in numbers]
         total = memory or sum(card.total_memory for card in cards)
         rates = known_gpu(cards[0].name)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lorikit.train.advice import gib, seconds
 from lorikit.train.cost import PARTS
+from lorikit.train.network import spread_rows
 from lorikit.train.plan import Compared
 from lorikit.train.predict import Memory, Prediction
 
@@ -124,6 +125,8 @@ def _time_rows(predicted: Prediction) -> Iterator[tuple[str, str, str]]:
     if time is None:
         return
     yield "a step", seconds(time.step), f"{time.tokens_per_second:,.0f} tokens/s; speed of the machine: {time.source}"
+    if predicted.spread:
+        yield from spread_rows(predicted.spread)
     extra = [f"{seconds(time.evaluation)} of evaluations"] if time.evaluation else []
     extra += [f"{seconds(time.captures)} to capture {time.num_graphs} graphs"] if time.num_graphs else []
     yield "in all", seconds(time.total), ", ".join(["without loading the model", *(f"with {text}" for text in extra)])

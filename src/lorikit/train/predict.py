@@ -21,7 +21,9 @@ from typing import Any
 from lorikit.config import RunConfig
 from lorikit.data.pack import split_step
 from lorikit.data.values import Example
+from lorikit.model.sharded import is_sharded
 from lorikit.train.cost import Forward, Ledger, Uncounted, row_of, step_seconds
+from lorikit.train.distributed import deal, lengths_of
 from lorikit.train.optim import plan_steps
 from lorikit.train.plan_costs import CONTEXT, Costs, Target
 
@@ -77,6 +79,34 @@ class Time:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """A run on `ranks` GPUs: seconds of a step by cause, bytes that each GPU sends in a step, tokens a second of all."""
+
+    ranks: int
+    nodes: int
+    sharded: bool
+    compute: float | None
+    network: float
+    """Seconds of the step in which the network is waited for."""
+    step: float | None
+    tokens_per_second: float | None
+    efficiency: float | None
+    """Of so many times one GPU that computes all rows of a step; None where one GPU does not hold the base."""
+    sent_bytes: int
+    by_layer_bytes: int
+    """Of it for each layer of a sharded base, in forward and backward of one step."""
+
+    @property
+    def network_share(self) -> float | None:
+        """Share of a step in which the network is waited for."""
+        return self.network / self.step if self.step else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self) | {"network_share": self.network_share, "source": "computed"}
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """All that `lorikit plan` prints. `fits` is None where the memory is not known, `time` where the speed is not."""
 
@@ -98,6 +128,8 @@ class Prediction:
     time: Time | None
     advice: list[str]
     notes: list[str]
+    spread: Spread | None = None
+    """What several GPUs make of it; memory is then that of each, times with the network."""
 
     @property
     def fits(self) -> bool | None:
@@ -115,6 +147,7 @@ class Prediction:
         del values["steps"]["forwards"]
         adapter = sum(self.by_target.values())
         values["adapter_parameters"], values["fits"] = adapter, self.fits
+        values["spread"] = self.spread and self.spread.to_dict()
         if self.memory:
             values["memory"]["needed"] = self.memory.needed
         return values
@@ -130,11 +163,12 @@ def predict(
     *,
     max_tokens: int = 0,
     loaded: bool = False,
+    ranks: int = 1,
 ) -> Prediction:
     """The prediction for rows that are tokens already. `max_tokens`: most tokens in a forward, if memory has set a limit;
-    `loaded`: this process holds the weights and the adapter."""
-    steps = count_steps(config, costs, train, max_tokens or config.train.max_tokens_per_forward)
-    evaluations = evaluations_of(costs, held_out, steps.max_tokens)
+    `loaded`: this process holds the weights and the adapter. Of several `ranks` it is for the one with the most tokens."""
+    steps = count_steps(config, costs, train, max_tokens or config.train.max_tokens_per_forward, ranks)
+    evaluations = evaluations_of(costs, held_out[::ranks], steps.max_tokens)
     notes = _notes(config, target)
     try:
         memory = memory_of(costs, target, steps.forwards, evaluations, loaded=loaded)
@@ -170,8 +204,9 @@ def predict(
     )
 
 
-def count_steps(config: RunConfig, costs: Costs, train: Sequence[Example], max_tokens: int) -> Steps:
-    """The steps of a run with at most `max_tokens` in a forward, 0 for what the engine takes by itself."""
+def count_steps(config: RunConfig, costs: Costs, train: Sequence[Example], max_tokens: int, ranks: int = 1) -> Steps:
+    """The steps of a run with at most `max_tokens` in a forward, 0 for what the engine takes by itself; of several `ranks`
+    the forwards are those of the one with the most tokens in each step."""
     planned = plan_steps(config.train, len(train))
     budget = max_tokens or costs.best_tokens
     sizes = {id(example): row_of(example) for example in train}
@@ -179,8 +214,9 @@ def count_steps(config: RunConfig, costs: Costs, train: Sequence[Example], max_t
     tokens, counts, forwards = [], [], []
     for number in range(looked_at):
         examples = [train[row] for row in planned.rows(number * planned.num_steps // looked_at)]
-        groups = split_step(examples, budget)
         tokens.append(sum(len(example.input_ids) for example in examples))
+        parts = [[examples[k] for k in part] for part in deal(lengths_of(examples), ranks)]
+        groups = split_step(max(parts, key=lambda part: sum(lengths_of(part))) if ranks > 1 else examples, budget)
         counts.append(len(groups))
         forwards += [costs.sizes([sizes[id(example)] for example in group]) for group in groups]
     return Steps(
@@ -299,7 +335,7 @@ def _bucket(forward: Forward) -> tuple[int, ...]:
 def _notes(config: RunConfig, target: Target) -> list[str]:
     """What the prediction leaves out or takes for granted."""
     notes = []
-    if config.model.device_map is not None:
+    if config.model.device_map is not None and not is_sharded(config.model):
         notes.append("model.device_map spreads the model: the figures are those of all GPUs together.")
     if config.model.attn_implementation is not None:
         notes.append(

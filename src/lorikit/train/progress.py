@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 
 from rich.console import Console
@@ -68,6 +69,11 @@ class Report:
         done, since = self._first
         left = (time.perf_counter() - since) / max(1, step - done) * (self._num_steps - step)
         return f"{int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02}"
+
+
+def silent() -> Report:
+    """For ranks that have nothing to say."""
+    return Report(Console(file=io.StringIO(), quiet=True, force_terminal=False))
 
 
 def _gib(num_bytes: int) -> str:

@@ -43,6 +43,10 @@ class Signals:
         self.check()
         self._deferred = True
 
+    def hold(self) -> None:
+        """From now on signals are noted and change nothing: the process is ending, with a reason of its own."""
+        self._deferred = True
+
     def check(self) -> None:
         """Raise Interrupted if a signal came: also while starting up, where a library may have caught the handler's."""
         if self.received:

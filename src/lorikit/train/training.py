@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lorikit.config import RunConfig
 from lorikit.data.audit import fingerprint
 from lorikit.data.encode import Encoder
-from lorikit.data.pack import pack, split_step
 from lorikit.data.values import Example
 from lorikit.errors import DataError, DivergedError, Interrupted, ModelError, OutOfMemoryError
 from lorikit.model.engine import Engine
@@ -24,15 +24,25 @@ from lorikit.train import checkpoint
 from lorikit.train.adamw import make_optimizer
 from lorikit.train.card import model_card
 from lorikit.train.checkpoint import State
+from lorikit.train.distributed import AgreedSignals, LostRank, Ranks, lengths_of
 from lorikit.train.evaluate import answers, held_out_loss
 from lorikit.train.metrics import MetricsFile, Record, numbers_of, open_trackers, peak_memory
-from lorikit.train.optim import Budget, InFlight, begin_step, derived_seed, is_out_of_memory, plan_steps, prepare_step
+from lorikit.train.optim import (
+    Budget,
+    InFlight,
+    Shared,
+    begin_step,
+    derived_seed,
+    is_out_of_memory,
+    plan_steps,
+    prepare_part,
+)
 from lorikit.train.progress import Report
 from lorikit.train.run_folder import ADAPTER_FOLDER, METRICS, write_config
+from lorikit.train.shared_state import check_same, share_state
 from lorikit.train.signals import Signals
 from lorikit.train.storage import new_folder
 
-_FORESEEN = 1000  # steps; more would be laid out for nothing
 _ADVICE = (
     "Look at the rows with `lorikit check`, then take a lower train.learning_rate, a longer warm-up or model.dtype bfloat16, "
     "with another train.output_dir"
@@ -59,14 +69,20 @@ class Training:
         signals: Signals | None = None,
         base_name: str = "base",
         base_revision: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.run_folder, self.engine = config, run, engine
         self.rows, self.held_out, self.encoder = rows, held_out, encoder
-        self.report, self.signals = report or Report(), signals or Signals()
+        self.ranks = ranks or Ranks()
+        own = signals or Signals()
+        self.report, self.peak_memory = report or Report(), 0
+        self.signals = AgreedSignals(own, self.ranks) if self.ranks.active else own
         self.base_name, self.base_revision = base_name, base_revision
         self.plan = plan_steps(config.train, len(rows))
         self.optimizer = make_optimizer(engine, config.train)
-        self.budget = Budget(config.train.max_tokens_per_forward or engine.best_tokens(), self.report.say)
+        say = self.ranks.say(self.report.say)
+        most = config.train.max_tokens_per_forward or self._best_tokens()
+        self.budget = Budget(most, say, fixed=engine.sharded)
         self.state = State()
         self._ahead: InFlight | None = None
 
@@ -75,6 +91,15 @@ class Training:
 
         Raises DataError for other rows than it was begun with, ModelError for another revision of the base.
         """
+        if self.ranks.first:
+            self._restore()
+        if self.ranks.active:
+            self.state = share_state(self.ranks, self.state, self.engine, self.optimizer)
+            self.budget.max_tokens = self.state.max_tokens or self.budget.max_tokens
+        if self.writes:
+            write_config(self.run_folder, self.config)
+
+    def _restore(self) -> None:
         digest = fingerprint(self.rows, self.held_out)
         newest = checkpoint.newest(self.run_folder, self.report.say)
         if newest is None:
@@ -94,24 +119,24 @@ class Training:
             checkpoint.load(newest, self.engine, self.optimizer)
             self.budget.max_tokens = self.state.max_tokens
             self.report.say(f"going on with {newest}")
-        write_config(self.run_folder, self.config)
 
     def run(self) -> None:
         """Step until the plan or early stopping ends it, then write adapter/. `restore` comes first."""
         self.signals.defer()
         self.seconds_before, self.started = self.state.seconds, time.perf_counter()
-        self.metrics = MetricsFile(self.run_folder / METRICS, self.state.metrics_bytes)
-        self.trackers = open_trackers(self.config, self.run_folder, self.state.step)
+        self.metrics = MetricsFile(self.run_folder / METRICS, self.state.metrics_bytes) if self.ranks.first else None
+        self.trackers = open_trackers(self.config, self.run_folder, self.state.step) if self.ranks.first else []
         self.report.start(self.plan.num_steps, self.state.step)
         self.engine.train()
         try:
             if not self.state.settled:
                 self._end_step()
-            self._foresee()
             while not self._is_done():
                 self._step()
                 self._end_step()
             self._write_adapter()
+        except LostRank as lost:
+            raise self._without(lost) from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -120,9 +145,9 @@ class Training:
                 f"({str(error).splitlines()[0]}); {self._kept()}"
             ) from None
         finally:
-            self.engine.foresee(())
             self.report.stop()
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
             for tracker in self.trackers:
                 tracker.close()
 
@@ -132,6 +157,12 @@ class Training:
         begun_step = self._ahead or self._begin(state.step)
         self._ahead = self._begin(state.step + 1) if self._may_run_ahead(state.step + 1) else None
         done = begun_step.result()
+        if isinstance(self.signals, AgreedSignals):
+            self.signals.hear(one.signal for one in done.told)
+            self.budget.max_tokens = min(int(one.max_tokens) for one in done.told)
+            problem = self.ranks.failure(done.told)
+            if problem:
+                raise OutOfMemoryError(f"step {state.step + 1}, {problem}; {self._kept()}")
         self._check_finite(done.loss_sum, done.norm)
         seconds = time.perf_counter() - begun
         self.state = replace(
@@ -146,30 +177,28 @@ class Training:
             window_seconds=state.window_seconds + seconds,
         )
         loss, speed = done.loss_sum / done.num_targets, done.num_tokens / seconds
-        self.report.step(
-            self.state.step, self.plan.epoch(self.state.step), loss, speed, peak_memory(self.engine.device)
-        )
+        self.peak_memory = max([peak_memory(self.engine.device), *(int(one.peak_memory) for one in done.told)])
+        self.report.step(self.state.step, self.plan.epoch(self.state.step), loss, speed, self.peak_memory)
         if self.state.step % config.logging_steps == 0 or self.state.step == self.plan.num_steps:
             self._log(done.norm, self.plan.learning_rate(state.step))
 
     def _begin(self, step: int) -> InFlight:
-        return begin_step(
-            self.engine,
-            self.optimizer,
-            prepare_step(self.engine, self._rows_of(step), self.budget),
-            self.budget,
-            dropout_seed=derived_seed(self.config.train.seed, "dropout", step),
-            learning_rate=self.plan.learning_rate(step),
-        )
-
-    def _foresee(self) -> None:
-        """Tell the engine what comes next, as often as it was stopped looking there."""
-        steps = range(self.state.step + 1, min(self.state.step + _FORESEEN, self.plan.num_steps))
-        most = self.budget.max_tokens
-        self.engine.foresee(pack(share) for step in steps for share in split_step(self._rows_of(step), most))
+        purpose = f"dropout of rank {self.ranks.rank}" if self.ranks.rank else "dropout"
+        prepared = prepare_part(self.engine, self.ranks, self._rows_of(step), self.budget)
+        seed, rate = derived_seed(self.config.train.seed, purpose, step), self.plan.learning_rate(step)
+        given = self.engine, self.optimizer, prepared, self.budget
+        if isinstance(self.signals, AgreedSignals):
+            shared = Shared(self.ranks, self.signals, self._rows_of(step))
+            return begin_step(*given, dropout_seed=seed, learning_rate=rate, shared=shared)
+        return begin_step(*given, dropout_seed=seed, learning_rate=rate)
 
     def _rows_of(self, step: int) -> list[Example]:
         return [self.rows[row] for row in self.plan.rows(step)]
+
+    def _share_of(self, step: int) -> list[Example]:
+        """This rank's rows of a step: all of them where it is alone, none where there are more ranks than rows."""
+        rows = self._rows_of(step)
+        return self.ranks.share(rows, lengths_of(rows))
 
     def _may_run_ahead(self, step: int) -> bool:
         """Whether step number `step` may begin before the one in hand is looked at, so that a GPU never waits for the host:
@@ -196,7 +225,7 @@ class Training:
                 "tokens": state.tokens,
                 "labelled_tokens": state.labelled_tokens,
                 "tokens_per_second": state.window_tokens / state.window_seconds,
-                "peak_memory_bytes": peak_memory(self.engine.device),
+                "peak_memory_bytes": self.peak_memory,
                 "seconds": self._seconds(),
             }
         )
@@ -212,7 +241,6 @@ class Training:
             self.signals.check()
             if self._evaluation_is_due(step):
                 self._evaluate()
-                self._foresee()
             self.state = replace(self.state, settled=True)
             self.signals.check()
         except Interrupted as signal:
@@ -227,7 +255,7 @@ class Training:
         state, config = self.state, self.config.eval
         record: Record = {"step": state.step, "epoch": self.plan.epoch(state.step)}
         if self.held_out:
-            loss = held_out_loss(self.engine, self.held_out, self.budget, self.signals.check)
+            loss = held_out_loss(self.engine, self.held_out, self.budget, self.signals, self.ranks)
             if not math.isfinite(loss):
                 raise DivergedError(f"step {state.step}: the held-out loss is {loss}; {self._kept()}. {_ADVICE}")
             best = state.best_loss is None or loss < state.best_loss
@@ -237,34 +265,62 @@ class Training:
             else:
                 state = replace(state, num_worse=state.num_worse + 1)
         if config.prompts and self.encoder:
-            check, most = self.signals.check, config.max_new_tokens
-            record["answers"] = answers(self.engine, self.encoder, config.prompts, most, check)
+            record["answers"] = self._answers(self.encoder)
         if len(record) > 2:
             self._write_line(record | {"seconds": self._seconds()})
         self.state = state
+
+    def _answers(self, encoder: Encoder) -> list[dict[str, str]]:
+        """To eval.prompts, on rank 0, while the others wait."""
+        prompts, most = self.config.eval.prompts, self.config.eval.max_new_tokens
+        if not isinstance(self.signals, AgreedSignals):
+            return answers(self.engine, encoder, prompts, most, self.signals.check)
+        found: list[dict[str, str]] = []
+        if self.ranks.first or self.engine.sharded:  # whose forwards take all ranks, to the end
+            check = (lambda: None) if self.engine.sharded else self.signals.own.check
+            with suppress(Interrupted):  # which the others hear of next
+                found = answers(self.engine, encoder, prompts, most, check)
+        self.signals.agree()
+        self.signals.check()
+        return found
 
     def _is_done(self) -> bool:
         patience = self.config.eval.early_stopping_patience
         stopped = patience is not None and self.state.num_worse >= patience
         return self.state.step >= self.plan.num_steps or stopped
 
-    def _save(self) -> Path:
+    def _save(self, *, together: bool = True) -> Path:
         """A checkpoint of this step. One that is there already was loaded at the start, and leads to the same bytes."""
         folder = checkpoint.folder_of(self.run_folder, self.state.step)
-        if not folder.exists():
+        together = together and self.ranks.active
+        there = folder.exists()
+        if together:  # a folder of this machine's alone decides nothing
+            there = all(bool(found) for (found,) in self.ranks.numbers(there or not self.writes))
+        if not there:
             if not all(bool(parameter.isfinite().all()) for parameter in self.engine.parameters()):
                 raise DivergedError(
                     f"step {self.state.step}: the adapter holds NaN or infinity; {self._kept()}. {_ADVICE}"
                 )
+            length = self.metrics.sync() if self.metrics is not None else 0
             state = replace(
-                self.state,
-                seconds=self._seconds(),
-                metrics_bytes=self.metrics.sync(),
-                max_tokens=self.budget.max_tokens,
+                self.state, seconds=self._seconds(), metrics_bytes=length, max_tokens=self.budget.max_tokens
             )
-            checkpoint.save(self.run_folder, self.optimizer, state, self._save_adapter)
-            checkpoint.prune(self.run_folder, self.config.train.save_total_limit, [state.best_step])
+            if together:
+                check_same(self.ranks, self.engine)
+                state = State(**self.ranks.text(asdict(state)))
+            if self.writes:
+                checkpoint.save(self.run_folder, self.optimizer, state, self._save_adapter)
+                checkpoint.prune(self.run_folder, self.config.train.save_total_limit, [state.best_step])
+        if together:
+            self.ranks.wait()
         return folder
+
+    def _without(self, lost: LostRank) -> Interrupted:
+        """What to say when another rank is gone, after saving the step that was done last, if nothing was begun after it."""
+        words = f"another process of this run is gone ({lost}) after step {self.state.step}"
+        if self.optimizer.runs_behind() or not self.ranks.first:  # behind the exchange that broke the device hangs
+            return Interrupted(f"{words}; {self._kept()}: the same command goes on from there")
+        return Interrupted(f"{words}; saved {self._save(together=False)}: the same command goes on from there")
 
     def _save_adapter(self, folder: Path) -> None:
         card = model_card(self.config, self.base_name, self.state, len(self.rows))
@@ -275,19 +331,33 @@ class Training:
         best = self.state.best_step if self.config.eval.load_best_model_at_end else None
         if best is not None and best != self.state.step:
             folder = checkpoint.folder_of(self.run_folder, best)
-            checkpoint.load_adapter(folder, self.engine)
-        with new_folder(self.run_folder / ADAPTER_FOLDER) as staged:
-            self._save_adapter(staged)
-            if self.encoder:
-                self.encoder.save_tokenizer(staged)
+            if self.writes:
+                checkpoint.load_adapter(folder, self.engine)
+        if self.writes:
+            with new_folder(self.run_folder / ADAPTER_FOLDER) as staged:
+                self._save_adapter(staged)
+                if self.encoder:
+                    self.encoder.save_tokenizer(staged)
+        if self.ranks.active:
+            self.ranks.wait()
         which = f"of step {best}, which has the lowest held-out loss" if best is not None else "of the last step"
         self.report.say(f"wrote {self.run_folder / ADAPTER_FOLDER}, {which}")
 
     def _write_line(self, record: Record) -> None:
-        self.metrics.write(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
         self.report.line(record)
         for tracker in self.trackers:
             tracker.log(numbers_of(record), record["step"])
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes checkpoints and adapter: rank 0, with save_on_each_node one of each machine."""
+        return self.ranks.first or (self.config.train.save_on_each_node and self.ranks.local_rank == 0)
+
+    def _best_tokens(self) -> int:
+        """Tokens of a forward, as the rank with the least memory takes them."""
+        return min(int(tokens) for (tokens,) in self.ranks.numbers(self.engine.best_tokens()))
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
