@@ -73,7 +73,7 @@ def decode_on_host(engine: DecoderEngine, slots: Slots, rows: HostRows) -> Tenso
             qkv[:, : shape.heads] = _norm(qkv[:, : shape.heads], w.q_norm, shape.eps)
             qkv[:, shape.heads : turned] = _norm(qkv[:, shape.heads : turned], w.k_norm, shape.eps)
         _turn(qkv[:, :turned], cos, sin)
-        a = _attend(qkv, *slots.layer(number), rows, shape.heads, shape.windows[number])
+        a = _attend(qkv, slots.cache[number], rows, shape.heads, shape.windows[number])
         x = x + _product(a, w.o, w.o_bias, rows, number, "o")
         h = _norm(x, w.mlp_norm, shape.eps)
         gate, up = _product(h, w.gate_up, w.gate_up_bias, rows, number, "gate_up").chunk(2, 1)
@@ -117,17 +117,22 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     first.copy_(turned)
 
 
-def _attend(qkv: Tensor, keys: Tensor, values: Tensor, rows: HostRows, heads: int, window: int) -> Tensor:
-    """Put the keys and values of qkv (B, H + 2K, E) into the cache (S, K, P, E) -> the attention of its queries (B, H E)."""
-    count, width = len(qkv), qkv.shape[2]
-    kv_heads = keys.shape[1]
-    out = torch.empty(count, heads * width, dtype=qkv.dtype, device=qkv.device)
+def _attend(qkv: Tensor, cache: Tensor, rows: HostRows, heads: int, window: int) -> Tensor:
+    """Put the keys and values of qkv (B, H + 2K, E) into the cache (2, S, K, P, E) -> the attention of its queries (B, H E)."""
+    kv_heads, width = cache.shape[2], qkv.shape[2]
+    # The query heads of a group stand where a sequence's queries would: all of them see all keys.
+    queries = qkv[:, :heads].view(len(qkv), kv_heads, heads // kv_heads, width)
+    new = qkv[:, heads:].view(len(qkv), 2, kv_heads, width)
+    out = []
     for row, (slot, newest) in enumerate(zip(rows.slots, rows.positions, strict=True)):
-        mine, k, v = qkv[row], keys[slot], values[slot]
-        k[:, newest], v[:, newest] = mine[heads : heads + kv_heads], mine[heads + kv_heads :]
+        cache[:, slot, :, newest] = new[row]
         first = max(0, newest + 1 - window) if window else 0
-        # The query heads of a group stand where a sequence's queries would: all of them see all keys.
-        q = mine[:heads].view(kv_heads, heads // kv_heads, width)
-        share = (q @ k[:, first : newest + 1].transpose(1, 2)).mul_(width**-0.5).float().softmax(2).to(q.dtype)
-        out[row] = (share @ v[:, first : newest + 1]).view(-1)
-    return out
+        k, v = cache[:, slot, :, first : newest + 1].unbind()
+        score = torch.baddbmm(_nothing(qkv), queries[row], k.transpose(1, 2), beta=0, alpha=width**-0.5)
+        out.append((score.softmax(2, dtype=torch.float32).to(qkv.dtype) @ v).view(1, -1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """What baddbmm does not add where beta is 0."""
+    return like.new_empty(1, 1, 1)
