@@ -137,12 +137,9 @@ def desk(browser, address):
         yield page
 
 
-def go(page, name, heading=None):
-    """By the sidebar, which a phone has folded away."""
-    heading = page.get_by_role("heading", name=heading or name, exact=True, level=1)
+def go(page, name):
+    heading = page.get_by_role("heading", name=name, exact=True, level=1)
     expect(page.get_by_role("heading", level=1)).to_be_visible()
-    if page.viewport_size["width"] < 500:
-        page.get_by_test_id("stExpandSidebarButton").click()
     page.get_by_role("link", name=name, exact=True).click()
     expect(heading).to_be_visible()
 
@@ -428,12 +425,10 @@ def test_the_runs_are_listed_and_a_report_is_shown_on_the_page(page):
 
 
 def test_the_page_speaks_chinese_when_asked_and_when_the_browser_does(browser, address, page):
-    if page.viewport_size["width"] < 500:
-        page.get_by_test_id("stExpandSidebarButton").click()
     page.get_by_text("中文", exact=True).click()
-    expect(page.get_by_role("heading", name="数据", level=1)).to_be_attached()
+    expect(page.get_by_role("heading", name="数据", level=1)).to_be_visible()
     page.get_by_role("link", name="训练", exact=True).click()
-    expect(page.get_by_role("heading", name="训练", level=1)).to_be_attached()
+    expect(page.get_by_role("heading", name="训练", level=1)).to_be_visible()
     with watched(browser, locale="zh-CN") as other:
         other.goto(address)
         expect(other.get_by_role("heading", name="数据", level=1)).to_be_visible()
