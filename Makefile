@@ -54,7 +54,7 @@ $(VENV)/.ready-demo: $(VENV)/.ready-torch pyproject.toml
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready-demo
-	$(call stage,tools for tests and checks,$(PIP) -e '.[demo$(,)test$(,)check$(,)track$(,)modelscope$(,)quant$(,)web]')
+	$(call stage,tools for tests and checks,$(PIP) -e '.[demo$(,)test$(,)check$(,)report$(,)track$(,)modelscope$(,)quant$(,)web]')
 	$(call stage,the vocabulary of Llama-3,$(PIP) --no-deps llama-models)
 	$(call stage,Triton for its interpreter,$(RUN) -c 'import triton' || $(PIP) triton==3.6.0)
 	@touch $@

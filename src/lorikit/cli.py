@@ -21,6 +21,7 @@ from cyclopts import App, CycloptsError, Parameter
 from lorikit import __version__
 from lorikit.cli_data import Flags, Json, build, check, print_json
 from lorikit.cli_export import export, merge
+from lorikit.cli_report import Compare, compare, compare_after_training, runs
 from lorikit.cli_serve import serve
 from lorikit.cli_web import web
 from lorikit.errors import ConfigError, DiskError, LorikitError, ModelError, OutOfMemoryError
@@ -137,6 +138,8 @@ app.command(merge)
 app.command(export)
 app.command(serve)
 app.command(web)
+app.command(compare)
+app.command(runs)
 
 
 @app.command
@@ -172,7 +175,7 @@ def plan(
 
 
 @app.command
-def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
+def train(config: Path, /, *flags: Flags, compare: Compare = True, as_json: Json = False) -> None:
     """Train an adapter as RUN.yaml says; the same command goes on with a run that was cut off.
 
     Any setting can follow as a flag, over the file: --lora.r 16 --train.learning_rate 2e-4. `lorikit config` lists them.
@@ -191,7 +194,9 @@ def train(config: Path, /, *flags: Flags, as_json: Json = False) -> None:
     if as_json:
         print_json({"run": str(run), "adapter": str(run / "adapter")})
     else:
-        print(run)
+        print(run, flush=True)
+    if compare:
+        compare_after_training(run)
 
 
 @app.command
