@@ -278,11 +278,11 @@ def test_a_run_cannot_be_put_elsewhere_or_over_another_one(page, folder):
     message(page, "there is a run mine already")
 
 
-def test_the_plan_says_steps_memory_and_time_before_anything_starts(page, folder):
-    new_run(page, folder, "planned")
-    press(page, "Plan")
-    expect(page.get_by_test_id("stMetric").filter(has_text="Steps")).to_contain_text("9")
-    expect(page.get_by_test_id("stMetric").filter(has_text="Memory")).to_contain_text("GiB")
+def test_the_plan_says_steps_memory_and_time_before_anything_starts(desk, folder):
+    new_run(desk, folder, "planned")
+    press(desk, "Plan")
+    expect(desk.get_by_test_id("stMetric").filter(has_text="Steps")).to_contain_text("9")
+    expect(desk.get_by_test_id("stMetric").filter(has_text="Memory")).to_contain_text("GiB")
     assert not (folder / "runs" / "planned.yaml").exists()
 
 
@@ -387,17 +387,17 @@ def test_a_run_of_the_folder_is_loaded_asked_beside_its_base_and_unloaded(desk, 
     expect(desk.get_by_role("button", name="Load them")).to_be_visible()
 
 
-def test_what_a_server_says_of_its_failure_stands_where_the_answer_would(page):
+def test_what_a_server_says_of_its_failure_stands_where_the_answer_would(desk):
     with chat_server() as url:
-        connect(page, url)
+        connect(desk, url)
         for question, said in (
             ("break now", "the model fell over"),
             ("refuse", "the line is full, come back later (HTTP 429)"),
             ("nonsense", "no piece of an answer"),
         ):
-            write(page, "Question", question)
-            press(page, "Ask")
-            expect(page.get_by_test_id("stAlert").filter(has_text=said)).to_have_count(2)
+            write(desk, "Question", question)
+            press(desk, "Ask")
+            expect(desk.get_by_test_id("stAlert").filter(has_text=said)).to_have_count(2)
 
 
 def test_no_question_and_a_vote_on_one_model_get_a_message(page):
@@ -407,7 +407,7 @@ def test_no_question_and_a_vote_on_one_model_get_a_message(page):
         message(page, "Write a question first")
         write(page, "Question", "who?")
         page.get_by_text("Blind vote").click()
-        page.get_by_role("button", name=re.compile("mine")).get_by_role("presentation").click()
+        press(page, "Remove mine")
         press(page, "Ask")
         message(page, "needs exactly two models")
 
