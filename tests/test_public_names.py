@@ -25,6 +25,7 @@ NAMES = [
     "__version__",
     "chat",
     "check",
+    "compare",
     "generate",
     "load_config",
     "merge",
@@ -102,6 +103,7 @@ def test_from_settings_to_an_answer_in_a_few_lines(folder):
     assert isinstance(one, lorikit.Answer)
     assert (one.num_tokens, two.prompt) == (4, (lorikit.Message("user", "number 40"),))
     assert "".join(lorikit.stream(session, "number 3", greedy)) == one.text
+    assert lorikit.compare(run, rows=1).verdict.title
     merged = lorikit.merge(run, folder / "merged")
     assert lorikit.generate(lorikit.open_run(merged.folder, need_adapter=False), "number 3", greedy) == [one]
 

@@ -121,7 +121,9 @@ def test_a_run_is_seen_as_it_is_on_disk(tmp_path):
     (run / "adapter").mkdir()
     (run / "environment.json").write_text('{"predicted": {"steps": {"count": 7}}}')
     seen = run_view.view(tmp_path, "a")
-    assert (seen.state, seen.steps) == ("finished", 7)
+    assert (seen.state, seen.steps, seen.verdict) == ("finished", 7, None)
+    (run / "compare.json").write_text('{"verdict": {"title": "learned", "reasons": []}}')
+    assert run_view.view(tmp_path, "a").verdict == "learned"
     for broken in ("[1]", '{"predicted": null}', "{"):
         (run / "environment.json").write_text(broken)
         assert run_view.view(tmp_path, "a").steps is None

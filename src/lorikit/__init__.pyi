@@ -14,6 +14,7 @@ from lorikit.infer.generate import Answer as Answer
 from lorikit.infer.session import Session as Session
 from lorikit.infer.session import open_run as open_run
 from lorikit.model.engine import Sampling as Sampling
+from lorikit.report.compare import compare as compare
 from lorikit.train.loop import train as train
 from lorikit.train.plan import plan as plan
 

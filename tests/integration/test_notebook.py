@@ -58,9 +58,9 @@ def test_the_notebook_trains_and_the_tuned_model_answers_as_the_persona(cells):
     assert "<svg" in train
     assert "step 24 of 24" in train
     assert "held-out loss" in train
-    assert re.search(r"What are you called, stranger\?\n  base:  .*\n  tuned: .*Bartle", answers)
-    assert not re.search(r"base:  .*Bartle", answers)
-    assert "Bartle" in chat
+    assert re.search(r"What are you called, stranger\?\n  base:  .*\n  tuned: .*(Bartle|Tock)", answers)
+    assert not re.search(r"base:  .*(Bartle|Tock)", answers)
+    assert re.search("Bartle|Tock", chat)
     assert "adapter_model.safetensors" in files
 
 

@@ -21,26 +21,33 @@ _PAGES: dict[str, Callable[[Frame], None]] = {
 
 
 def main(folder: Path) -> None:
-    """The frame of all pages, and the one that was chosen."""
+    """The head that all pages have, and the one that was chosen.
+
+    The links stand at the top and not at the side: on a phone streamlit's sidebar stays over the page that it leads to.
+    """
     st.set_page_config(page_title="Lorikit", layout="wide")
     codes = list(LANGUAGES)
-    with st.sidebar:
-        picked = st.radio(
-            "Language / 语言",
-            codes,
-            index=_language(codes),
-            format_func=LANGUAGES.__getitem__,
-            horizontal=True,
-            key="language",
-        )
-    frame = Frame(folder, codes.index(picked))
+    default = _language(codes)
+    frame = Frame(folder, codes.index(st.session_state.get("language", codes[default])))
 
     def made(name: str) -> st.Page:  # without an icon, which the browser would fetch from a foreign host for its tab
         return st.Page(lambda: guarded(_PAGES[name], frame), title=frame(name), url_path=name, default=name == "data")
 
-    chosen = st.navigation([made(name) for name in _PAGES])
-    with st.sidebar:
-        st.caption(f"{frame('folder')}: {plain(str(folder))}")
+    pages = [made(name) for name in _PAGES]
+    chosen = st.navigation(pages, position="hidden")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        for one in pages:
+            st.page_link(one, label=one.title)
+        st.radio(
+            "Language / 语言",
+            codes,
+            index=default,
+            format_func=LANGUAGES.__getitem__,
+            horizontal=True,
+            label_visibility="collapsed",
+            key="language",
+        )
+    st.caption(f"{frame('folder')}: {plain(str(folder))}")
     chosen.run()
 
 

@@ -31,11 +31,11 @@ def one_chart(frame: Frame, trained: Sequence[dict[str, Any]], field: str) -> Dr
 
 
 def runs_chart(frame: Frame, runs: Sequence[RunView]) -> Drawing:
-    """The losses of several runs: held-out where there is one, else training."""
+    """The losses of several runs: held-out where that is a line, else training."""
     values = [
         {"step": one["step"], "value": one.get("eval_loss", one.get("loss")), "curve": run.name}
         for run in runs
-        for one in run.held_out or run.trained
+        for one in (run.held_out if len(run.held_out) > 1 else run.trained or run.held_out)
     ]
     return _lines(frame, values, [run.name for run in runs], None, frame("loss"))
 

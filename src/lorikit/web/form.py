@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -19,9 +20,8 @@ OWN = ("model.name_or_path", "data.train", "train.output_dir")
 def first_fields(frame: Frame) -> dict[str, str]:
     """Draw the settings that matter first, with their defaults filled in; what was entered, by name."""
     entered = {}
-    columns = st.columns(3)
-    for number, name in enumerate(SETTINGS):
-        with columns[number % 3]:
+    for name, cell in zip(SETTINGS, _cells(len(SETTINGS), 3), strict=False):
+        with cell:
             entered[name] = st.text_input(
                 frame.setting(name), _shown(_default(name)), help=_help(name), key=f"set {name}"
             )
@@ -33,10 +33,9 @@ def other_fields() -> dict[str, str]:
     entered = {}
     for tab, group in zip(st.tabs(list(RunConfig.model_fields)), RunConfig.model_fields, strict=True):
         with tab:
-            columns = st.columns(2)
             names = [n for n in setting_names() if n.startswith(f"{group}.") and n not in OWN and n not in SETTINGS]
-            for number, name in enumerate(names):
-                with columns[number % 2]:
+            for name, cell in zip(names, _cells(len(names), 2), strict=False):
+                with cell:
                     entered[name] = _field(name)
     return entered
 
@@ -55,6 +54,12 @@ def settings_of(entered: dict[str, str]) -> tuple[RunConfig, dict[str, Any]]:
             if field.is_required() or value != field.get_default(call_default_factory=True):
                 groups.setdefault(group, {})[name] = value
     return config, groups
+
+
+def _cells(count: int, columns: int) -> Iterator[Any]:
+    """Places for fields, row by row, so that they keep their order where a phone stacks the columns."""
+    for _ in range(0, count, columns):
+        yield from st.columns(columns)
 
 
 def _field(name: str) -> str:

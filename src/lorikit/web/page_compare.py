@@ -41,8 +41,12 @@ def page(frame: Frame) -> None:
 
 
 def _other_server(frame: Frame) -> str | None:
-    url = st.text_input(frame("address"), st.session_state.get("server url", ""), placeholder="http://127.0.0.1:8000")
+    # a field with a key is forgotten with its page, and one whose default changes loses what was typed
+    st.session_state.setdefault("server address", st.session_state.get("server url", ""))
+    url = st.text_input(frame("address"), placeholder="http://127.0.0.1:8000", key="server address")
     if st.button(frame("connect")):
+        st.session_state.pop("server url", None)
+        st.session_state.pop("compared", None)
         st.session_state["server url"] = client.check_url(url)
     return st.session_state.get("server url")
 

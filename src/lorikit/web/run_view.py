@@ -71,7 +71,7 @@ def view(folder: Path, name: str) -> RunView:
         steps=steps,
         trained=[line for line in lines if "loss" in line],
         held_out=[line for line in lines if "eval_loss" in line],
-        verdict=str(verdict.get("word", verdict)) if isinstance(verdict, dict) else verdict,
+        verdict=str(verdict["title"]) if isinstance(verdict, dict) and "title" in verdict else None,
     )
 
 
