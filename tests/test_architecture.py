@@ -47,6 +47,7 @@ LAYERS = [
         "lorikit.data.rows",
         "lorikit.data.scripts",
         "lorikit.data.split",
+        "lorikit.data.suggest",
         "lorikit.data.tables",
         "lorikit.data.tokens",
         "lorikit.data.values",

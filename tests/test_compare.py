@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from lorikit.cli_report import compare_after_training
 from lorikit.data.values import Conversation, Message
 from lorikit.report.compare import compare, is_compared
 from lorikit.report.losses import mean_and_error, spaced
@@ -218,3 +219,24 @@ def test_train_does_not_compare_where_it_is_told_so_and_bad_input_is_named(lorik
     assert code == 3 and "lorikit compare" in err
     code, _, err = lorikit("runs", tmp_path / "nothing")
     assert code == 2 and "no such folder" in err
+
+
+def test_a_comparison_that_fails_at_the_end_of_training_is_told_and_raises_nothing(tmp_path, capsys):
+    compare_after_training(tmp_path / "gone")
+    said = capsys.readouterr().err
+    assert "run is finished" in said and "ModelError" in said and "lorikit compare" in said
+
+
+def test_runs_that_were_judged_on_other_rows_are_compared_only_as_far_as_that_goes(lorikit, tmp_path):
+    for name, rows, tokens in (("a", "1", "1"), ("b", "1", "2"), ("c", "2", "2")):
+        (tmp_path / name).mkdir()
+        found = replace(GOOD, rows_sha256=rows, tokens_sha256=tokens, tuned_side=side([], []), base_side=side([], []))
+        values = found.to_dict() | {"verdict": {"title": "learned"}}
+        (tmp_path / name / "compare.json").write_text(json.dumps(values))
+    beside = {n: json.loads(lorikit("compare", tmp_path / "a", tmp_path / n, "--json")[1]) for n in "abc"}
+    assert beside["a"]["not_compared"] == [] and "held-out loss, tuned" in beside["a"]["figures"]
+    assert "other tokens" in beside["b"]["not_compared"][0] and "chrF" in beside["b"]["figures"]
+    assert "held-out loss, tuned" not in beside["b"]["figures"]
+    assert "other held-out rows" in beside["c"]["not_compared"][0] and "chrF" not in beside["c"]["figures"]
+    assert beside["c"]["figures"]["panel: kept"] == [20, 20]
+    assert "not compared" in lorikit("compare", tmp_path / "a", tmp_path / "c")[1]

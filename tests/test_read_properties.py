@@ -13,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorikit.config import DataConfig
+from chat_templates import tokenizers
+from lorikit.config import DataConfig, RunConfig
+from lorikit.data.audit import audit, read
+from lorikit.data.encode import Encoder
 from lorikit.data.read import read_rows, rejects_jsonl
 from lorikit.data.values import Conversation, Message
 from lorikit.errors import DataError
@@ -162,3 +165,29 @@ def test_damaged_files_are_rows_or_a_data_error(tmp_path, data):
         at, length = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 9))
         content[at : at + length] = data.draw(st.binary(max_size=4) | st.sampled_from([b'"', b"\n", b"{", b"]", b"\\"]))
     assert_rows_or_a_data_error(path, bytes(content))
+
+
+@given(
+    st.sampled_from(NAMES), st.binary(max_size=200) | st.lists(JSON, max_size=4).map(lambda v: json.dumps(v).encode())
+)
+@QUICK
+def test_every_row_of_any_file_is_kept_held_out_dropped_or_a_duplicate(tmp_path, name, data):
+    settings_ = RunConfig.model_validate(
+        {
+            "model": {"name_or_path": "m"},
+            "data": {"train": "x", "on_bad_row": "skip", "max_length": 64},
+            "train": {"output_dir": "o"},
+            "eval": {"eval_size": 0.5},
+        }
+    )
+    path = tmp_path / name
+    path.write_bytes(data)
+    try:
+        found = read([path], None, settings_.data)
+    except DataError:
+        return
+    encoder = Encoder(tokenizers()["llama3"], settings_.data)
+    report = audit(found, settings_.data, settings_.eval, encoder).report.to_dict()
+    kept = report["rows"]["trained"] + report["rows"]["held_out"]
+    dropped = sum(len(rows) for rows in report["dropped"].values())
+    assert report["rows"]["read"] == found.train.num_rows == kept + dropped + len(report["duplicates"])

@@ -22,6 +22,7 @@ from rich.text import Text
 from lorikit.config import RunConfig
 from lorikit.data.account import KINDS, DataReport, Lengths, Tokens
 from lorikit.data.audit import DataSet, Progress, audit, read
+from lorikit.data.suggest import suggest
 from lorikit.data.values import IGNORE, Example
 from lorikit.data.view_html import check_html
 from lorikit.data.visible import visible as visible  # noqa: PLC0414  part of this module's interface
@@ -80,8 +81,12 @@ class Check:
         return self.report.refused
 
     def to_dict(self) -> dict[str, Any]:
-        """The report's JSON values, and the samples."""
-        return self.report.to_dict() | {"samples": [asdict(one) for one in self.samples]}
+        """The report's JSON values, the samples, and the settings suggested."""
+        more = {
+            "samples": [asdict(one) for one in self.samples],
+            "suggestions": [asdict(one) for one in suggest(self.report)],
+        }
+        return self.report.to_dict() | more
 
     def _repr_html_(self) -> str:
         """How a notebook shows it."""
@@ -139,6 +144,15 @@ def render(checked: Check, console: Console | None = None) -> None:
     blocks: list[RenderableType] = [_account(report), *_findings(report)]
     if report.lengths:
         blocks.append(_histogram(report.lengths, report, console.width))
+    if advice := suggest(report):
+        blocks.append(
+            Group(
+                *(
+                    Text.assemble((f"suggested: {one.setting}: {one.value:g}", "bold"), f"  {one.reason}")
+                    for one in advice
+                )
+            )
+        )
     if any(one.spans for one in samples):
         blocks.append(_legend(samples, colour))
     whole = len({one.source for one in samples}) == 1

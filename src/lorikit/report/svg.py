@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 640, 240
+WIDTH, HEIGHT = 440, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 30
 Points = Sequence[tuple[float, float]]
 
@@ -62,10 +62,10 @@ def bars(title: str, rows: Sequence[tuple[str, int, bool]]) -> Markup:
     parts = []
     for place, (label, count, over) in enumerate(rows):
         y = 20 * place
-        width = (WIDTH - 220) * count / most
-        parts.append(f'<text x="100" y="{y + 14}" text-anchor="end">{escape(label)}</text>')
-        parts.append(f'<rect class="{"over" if over else "bar"}" x="108" y="{y + 3}" height="14" width="{width:.1f}"/>')
-        parts.append(f'<text x="{114 + width:.1f}" y="{y + 14}">{count:,}</text>')
+        width = (WIDTH - 170) * count / most
+        parts.append(f'<text x="80" y="{y + 14}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<rect class="{"over" if over else "bar"}" x="88" y="{y + 3}" height="14" width="{width:.1f}"/>')
+        parts.append(f'<text x="{94 + width:.1f}" y="{y + 14}">{count:,}</text>')
     return _svg(title, 20 * len(rows) + 4, parts)
 
 

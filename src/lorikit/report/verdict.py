@@ -105,8 +105,8 @@ def _loss_reasons(found: Comparison) -> list[Reason]:
         error = f" ± {2 * losses.error:.2f}" if losses.error is not None else ""
         reasons.append(
             Reason(
-                f"loss on {losses.num_rows:,} of {losses.of_rows:,} {name} rows: {losses.base:.2f} -> {losses.tuned:.2f}, "
-                f"{abs(losses.gain):.2f}{error} {word} (perplexity {base:,.1f} -> {tuned:,.1f}); better on "
+                f"loss on {losses.num_rows:,} of {losses.of_rows:,} {name} rows: {losses.base:.2f} → {losses.tuned:.2f}, "
+                f"{abs(losses.gain):.2f}{error} {word} (perplexity {base:,.1f} → {tuned:,.1f}); better on "
                 f"{losses.rows_better:,} of them",
                 "good" if losses.is_better else "bad" if losses.is_worse or name == "held-out" else "plain",
             )
@@ -164,11 +164,11 @@ def _side_reasons(found: Comparison) -> list[Reason]:
     base, tuned, asked = found.base_side, found.tuned_side, len(found.answers)
     if base is None or tuned is None:
         return []
-    chrf = f", chrF {base.chrf:.1f} -> {tuned.chrf:.1f}" if base.chrf is not None and tuned.chrf is not None else ""
+    chrf = f", chrF {base.chrf:.1f} → {tuned.chrf:.1f}" if base.chrf is not None and tuned.chrf is not None else ""
     reasons = [
         Reason(
-            f"answers to {asked} held-out questions: {base.stopped} -> {tuned.stopped} stop by themselves within "
-            f"{found.max_new_tokens} tokens, {base.exact} -> {tuned.exact} equal the data's{chrf}",
+            f"answers to {asked} held-out questions: {base.stopped} → {tuned.stopped} stop by themselves within "
+            f"{found.max_new_tokens} tokens, {base.exact} → {tuned.exact} equal the data's{chrf}",
             "bad" if tuned.stopped < min(base.stopped, 0.8 * asked) else "plain",
         )
     ]
