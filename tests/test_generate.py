@@ -9,7 +9,7 @@ from lorikit.config import DataConfig
 from lorikit.data.encode import Encoder
 from lorikit.data.values import Message
 from lorikit.errors import ConfigError, DataError
-from lorikit.infer.generate import Detokenizer, answer, check_sampling, stream
+from lorikit.infer.generate import Detokenizer, StopTexts, answer, check_sampling, stream
 from lorikit.infer.prompts import answer_rows, prompt_of, read_prompts
 from lorikit.infer.session import open_run
 from lorikit.model.engine import Sampling
@@ -231,3 +231,43 @@ def test_the_rows_of_json_keep_order_and_the_key_of_the_prompt(session, tmp_path
     assert rows[0]["messages"] == turns
     assert rows[1]["answer"] == answers[1].text
     assert rows[1]["tokens"] == 12
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pieces=st.lists(st.text("ab\n", max_size=3), max_size=12),
+    stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+)
+def test_text_ends_before_the_first_stop_text_however_it_comes_in_pieces(pieces, stop):
+    stops, shown = StopTexts(stop), ""
+    for count, piece in enumerate(pieces, start=1):
+        shown += stops.add(piece)
+        sofar = "".join(pieces[:count])
+        assert sofar.startswith(shown)
+        if stops.found is not None:
+            break
+        assert not any(s in sofar for s in stop)
+    else:
+        shown += stops.end()
+        assert shown == "".join(pieces)
+        return
+    assert stops.found in sofar[len(shown) :]
+    assert sofar[len(shown) :].startswith(stops.found)
+    assert not any(s in shown for s in stop)
+    assert not any(0 <= sofar.find(s) < len(shown) for s in stop)
+    assert stops.add("more") == ""
+
+
+def test_an_answer_ends_before_a_stop_text_alone_and_in_a_batch(session):
+    whole = answer(session, QUESTIONS, GREEDY)
+    stop = whole[0].text[3:5]
+    assert len(stop) == 2
+    stopped = answer(session, QUESTIONS, GREEDY, stop=[stop])
+    for before, after, question in zip(whole, stopped, QUESTIONS, strict=True):
+        assert after.text == before.text.split(stop)[0]
+        reply = stream(session, question, GREEDY, stop=[stop])
+        assert "".join(reply) == after.text
+        assert (reply.finish, reply.num_tokens) == (after.finish, after.num_tokens)
+    assert stopped[0].finish == "stop"
+    with pytest.raises(ConfigError, match="empty text"):
+        answer(session, QUESTIONS, GREEDY, stop=[""])
