@@ -46,7 +46,7 @@ def shown(cell):
     for output in cell.outputs:
         assert output.output_type != "error", output
         parts.append(output.get("text", "") + "".join(map(str, output.get("data", {}).values())))
-    return "\n".join(parts)
+    return "".join(parts)  # a stream comes in pieces
 
 
 @pytest.mark.slow
