@@ -92,7 +92,7 @@ def load(base: Resolved, folder: Path, arguments: argparse.Namespace, graphs: bo
     settings = ModelConfig(name_or_path=base.name, dtype=arguments.dtype, engine="decoder", device=arguments.device)
     engine = load_engine(settings, base, adapter=folder)
     assert isinstance(engine, DecoderEngine)
-    engine.decode_graphs = graphs
+    engine.decode_graphs, engine.decode_kernels = graphs, True
     return engine
 
 

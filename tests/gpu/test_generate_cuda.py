@@ -49,6 +49,7 @@ def engine(request, tmp_path):
     lora.save_adapter(folder, made[1], base_name="org/tiny", base_revision=None, card="")
     made[0].add_adapter("two", folder)
     made[0].base_for_peer = base
+    made[0].decode_graphs = made[0].decode_kernels = True
     return made[0]
 
 
