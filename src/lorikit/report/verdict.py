@@ -157,7 +157,7 @@ def _panel(found: Comparison) -> tuple[bool, Reason]:
     text = f"of {kept + lost} panel questions that the base answers, {kept} are kept and {lost} lost; {gained} gained"
     if lost > gained:
         text += f" (chance alone would give such a loss in {100 * likely:.2g} of 100 cases)"
-    return forgets, Reason(text, "bad" if forgets else "good" if kept + lost else "plain")
+    return forgets, Reason(text, "bad" if forgets else "good" if kept and lost <= gained else "plain")
 
 
 def _side_reasons(found: Comparison) -> list[Reason]:
