@@ -182,7 +182,7 @@ def test_training_compares_and_reports_and_the_page_escapes_what_the_rows_say(lo
     code, _, err = lorikit("train", trained / "run.yaml")
     assert code == 0 and "panel" not in err and (run / "compare.json").stat().st_mtime_ns == before
 
-    again = compare(run).to_dict()
+    again = json.loads(json.dumps(compare(run).to_dict()))
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in found.items() if k != "seconds"}
 
     code, out, _ = lorikit("runs", trained, "--json")
