@@ -46,6 +46,8 @@ class Signals:
     def hold(self) -> None:
         """From now on signals are noted and change nothing: the process is ending, with a reason of its own."""
         self._deferred = True
+        # also after the context, until the process has ended
+        self._before = dict.fromkeys(self._before, signal.SIG_IGN)
 
     def check(self) -> None:
         """Raise Interrupted if a signal came: also while starting up, where a library may have caught the handler's."""
