@@ -171,6 +171,12 @@ def test_a_whole_run_has_no_problems(tmp_path, base):
             "base": base,
             "revision": None,
             "base_is": "on this machine",
+            "vllm": {
+                "max_lora_rank": 8,
+                "problems": [
+                    "no tokenizer beside it: vLLM takes the base's, and its chat template instead of the run's"
+                ],
+            },
         },
         "checkpoints": {"checkpoint-10": []},
     }

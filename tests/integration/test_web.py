@@ -145,8 +145,18 @@ def go(page, name):
 
 
 def pick(page, label, option):
-    page.get_by_role("combobox", name=re.compile(re.escape(label))).click()
-    page.get_by_role("option", name=option, exact=True).click()
+    box = page.get_by_role("combobox", name=re.compile(re.escape(label)))
+    wanted = page.get_by_role("option", name=option, exact=True)
+    for attempt in range(6):  # a list closes when the page is drawn anew meanwhile
+        box.click()
+        box.fill(option)  # a long list holds only what is in sight
+        try:
+            wanted.click(timeout=8_000)
+        except sync_api.TimeoutError:
+            assert attempt < 5, f"{option} cannot be picked"
+            box.press("Escape")
+        else:
+            break
 
 
 def write(page, label, text):
