@@ -65,6 +65,18 @@ def test_generate_answers_in_the_order_of_the_prompts(lorikit, finished, tmp_pat
     assert (code, out) == (0, rows[1]["answer"] + "\n")
 
 
+def test_generate_ends_an_answer_before_a_stop_text_and_takes_the_settings_of_sampling(lorikit, finished):
+    asked = ["generate", finished, "--prompt", "hello", "--max-new-tokens", 12]
+    whole = lorikit(*asked, "--greedy")[1].removesuffix("\n")
+    assert len(whole) > 4
+    cut = whole[3:5]
+    code, out, _ = lorikit(*asked, "--greedy", "--stop", cut)
+    assert (code, out) == (0, whole[: whole.index(cut)] + "\n")
+    assert lorikit(*asked, "--top-k", 1, "--repetition-penalty", 1)[:2] == (0, whole + "\n")
+    assert lorikit(*asked, "--min-p", 1, "--repetition-penalty", 1)[:2] == (0, whole + "\n")
+    assert lorikit(*asked, "--min-p", 2)[0] == 2
+
+
 def test_generate_with_base_leaves_the_adapter_out(lorikit, finished, model):
     answers = [
         lorikit("generate", name, "--prompt", "hello", "--greedy", "--max-new-tokens", 8, *more)[1]

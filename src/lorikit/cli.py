@@ -57,6 +57,10 @@ class Answering:
         0 is greedy; higher is more varied.
     top_p
         Choose among the likeliest tokens that together have this probability.
+    top_k
+        Choose among so many likeliest tokens; 0 is off.
+    min_p
+        Leave out tokens less likely than this share of the likeliest one; 0 is off.
     repetition_penalty
         Above 1 avoids words that were said.
     seed
@@ -71,6 +75,8 @@ class Answering:
     max_new_tokens: int = 512
     temperature: float = 0.5
     top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.1
     seed: int | None = None
     base: Annotated[bool, Parameter(negative="")] = False
@@ -84,6 +90,8 @@ class Answering:
             max_new_tokens=self.max_new_tokens,
             temperature=0.0 if self.greedy else self.temperature,
             top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
             repetition_penalty=1.0 if self.greedy else self.repetition_penalty,
             seed=self.seed,
         )
@@ -250,6 +258,7 @@ def generate(
     *,
     prompt: Annotated[list[str] | None, Parameter(negative="")] = None,
     file: Path | None = None,
+    stop: Annotated[list[str] | None, Parameter(negative="")] = None,
     answering: Answering | None = None,
     as_json: Json = False,
 ) -> None:
@@ -263,6 +272,8 @@ def generate(
         A question; may be given several times.
     file
         JSONL with one {"prompt": ...} or {"messages": [...]} a line.
+    stop
+        End an answer before this text; may be given several times.
     """
     from lorikit.infer.generate import answer, stream
     from lorikit.infer.prompts import answer_rows, prompt_of, read_prompts
@@ -273,13 +284,12 @@ def generate(
     answering = answering or Answering()
     session = answering.open(run)
     if len(prompts) == 1 and not as_json and sys.stdout.isatty():
-        for piece in stream(session, prompts[0].messages, answering.sampling()):
+        for piece in stream(session, prompts[0].messages, answering.sampling(), stop or ()):
             print(piece, end="", flush=True)
         print()
         return
-    answers = answer(
-        session, [p.messages for p in prompts], answering.sampling(), partial(_show, total=len(prompts), what="answers")
-    )
+    shown = partial(_show, total=len(prompts), what="answers")
+    answers = answer(session, [p.messages for p in prompts], answering.sampling(), shown, stop or ())
     if as_json:
         print_json(answer_rows(prompts, answers))
         return
