@@ -141,6 +141,7 @@ LAYERS = [
     ],
     [
         "lorikit.report",
+        "lorikit.report.beside",
         "lorikit.report.compare",
         "lorikit.report.curves",
         "lorikit.report.losses",

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lorikit.cli_report import compare_after_training
+from lorikit.config import dump_config, load_config
 from lorikit.data.values import Conversation, Message
 from lorikit.report.compare import compare, is_compared
 from lorikit.report.losses import mean_and_error, spaced
@@ -240,3 +241,25 @@ def test_runs_that_were_judged_on_other_rows_are_compared_only_as_far_as_that_go
     assert "other held-out rows" in beside["c"]["not_compared"][0] and "chrF" not in beside["c"]["figures"]
     assert beside["c"]["figures"]["panel: kept"] == [20, 20]
     assert "not compared" in lorikit("compare", tmp_path / "a", tmp_path / "c")[1]
+
+
+def test_two_runs_become_a_page_with_their_curves_over_each_other(lorikit, tmp_path):
+    for name, rate in (("a<script>", 1e-3), ("b", 2e-3)):
+        run = tmp_path / name
+        run.mkdir()
+        config = load_config(
+            model={"name_or_path": "m"}, data={"train": "x"}, train={"output_dir": "o", "learning_rate": rate}
+        )
+        (run / "config.yaml").write_text(dump_config(config))
+        lines = [{"step": step, "loss": 3 / step, "eval_loss": 4 / step} for step in (1, 2, 3)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        values = replace(GOOD, rows_sha256="1", tokens_sha256="1").to_dict() | {"verdict": {"title": "learned"}}
+        (run / "compare.json").write_text(json.dumps(values))
+    page = tmp_path / "both.html"
+    code, _, err = lorikit("compare", tmp_path / "a<script>", tmp_path / "b", "--output", page)
+    text = page.read_text()
+    assert code == 0 and str(page) in err
+    assert text.count('<polyline class="c0"') == text.count('<polyline class="c1"') == 2
+    assert "a&lt;script&gt;" in text and "<script" not in text and "://" not in text
+    assert "train.learning_rate" in text and "0.002" in text and "output_dir" not in text
+    assert lorikit("compare", tmp_path / "b", "--output", page)[0] == 2

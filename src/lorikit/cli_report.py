@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from lorikit.report.compare import Compared
 
 
-def compare(run: Path, /, *others: Path, rows: int | None = None, device: str = "auto", as_json: Json = False) -> None:
+def compare(
+    run: Path,
+    /,
+    *others: Path,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    rows: int | None = None,
+    device: str = "auto",
+    as_json: Json = False,
+) -> None:
     """Put the same prompts to a run and to its base: losses, answers, what was forgotten, and a verdict with its reasons.
 
     Writes compare.json and report.html into the run folder. With two runs, those two side by side, as far as they compare.
@@ -25,6 +33,8 @@ def compare(run: Path, /, *others: Path, rows: int | None = None, device: str = 
         A run folder; or a checkpoint or a PEFT adapter folder, of which nothing is written.
     others
         A second run folder.
+    output
+        With two runs: also write them as one HTML page, with their curves over each other.
     rows
         Look at so many held-out and trained rows, instead of a number that takes about a minute.
     device
@@ -34,10 +44,15 @@ def compare(run: Path, /, *others: Path, rows: int | None = None, device: str = 
         raise ConfigError(f"--rows is {rows}: a number of rows, 1 or more")
     if len(others) > 1:
         raise ConfigError("compare takes one run, or two to put side by side; `lorikit runs DIR` lists more of them")
+    if output is not None and not others:
+        raise ConfigError("--output is for two runs; of one run the page is report.html in its folder")
     if others:
+        from lorikit.report.beside import write_beside
         from lorikit.report.runs import render_side_by_side, side_by_side
 
         beside = side_by_side(run, others[0])
+        if output is not None:
+            say(f"{write_beside(output, beside)}")
         print_json(beside) if as_json else render_side_by_side(beside)
         return
     compared = _compare(run, rows, device)

@@ -40,23 +40,32 @@ def write_page(run: Path, compared: Compared) -> Path:
 
 def page(run: Path, compared: Compared) -> str:
     """The page as text."""
-    environment = Environment(loader=PackageLoader("lorikit.report", ""), autoescape=True, undefined=StrictUndefined)
-    environment.filters["seen"] = lambda text: visible(str(text), keep="\n")
     report = compared.prepared.report if compared.prepared else None
     notes = _read_json(run / ENVIRONMENT)
-    return environment.get_template("report.html.j2").render(
-        found=compared.comparison,
-        verdict=compared.verdict,
-        curves=_curves(run),
-        account=_account(report) if report else [],
-        lengths=_lengths(report) if report else Markup(""),
-        report=report,
-        samples=_samples(compared),
-        worst=_worst(compared),
-        settings=_settings(load_config(run / CONFIG)),
-        environment=_environment(notes),
-        command=str(notes.get("command", "")),
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            found=compared.comparison,
+            verdict=compared.verdict,
+            curves=_curves(run),
+            account=_account(report) if report else [],
+            lengths=_lengths(report) if report else Markup(""),
+            report=report,
+            samples=_samples(compared),
+            worst=_worst(compared),
+            settings=_settings(load_config(run / CONFIG)),
+            environment=_environment(notes),
+            command=str(notes.get("command", "")),
+        )
     )
+
+
+def templates() -> Environment:
+    """The pages of this folder; what they show is escaped, and control characters in it are made visible."""
+    environment = Environment(loader=PackageLoader("lorikit.report", ""), autoescape=True, undefined=StrictUndefined)
+    environment.filters["seen"] = lambda text: visible(str(text), keep="\n")
+    return environment
 
 
 def _curves(run: Path) -> list[tuple[str, list[str], Markup]]:

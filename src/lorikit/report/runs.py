@@ -18,7 +18,7 @@ from lorikit.errors import ConfigError, DataError, LorikitError
 from lorikit.report.compare import COMPARISON
 from lorikit.train.run_folder import CONFIG, is_finished, measured
 
-_NOT_SHOWN = {"train.output_dir"}
+NOT_SHOWN = {"train.output_dir"}  # which differs in any case
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         name for values in settings for name in values if any(other.get(name) != values[name] for other in settings)
     }
     for one in found:
-        one["settings"] = {name: one["settings"][name] for name in sorted(differ & set(one["settings"]) - _NOT_SHOWN)}
+        one["settings"] = {name: one["settings"][name] for name in sorted(differ & set(one["settings"]) - NOT_SHOWN)}
     return found
 
 
