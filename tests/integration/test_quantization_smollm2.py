@@ -93,7 +93,7 @@ def test_a_run_on_an_nf4_base_is_trained_saved_and_answers(tmp_path):
 
     run = tmp_path / "run"
     few = ["--train.max_steps", "2", "--train.output_dir", str(run), "--model.device", "cpu"]
-    trained = lorikit("train", "examples/demo.yaml", "--model.quantization", "nf4", *few)
+    trained = lorikit("train", "examples/demo.yaml", "--model.quantization", "nf4", "--no-compare", *few)
     assert "linear layers in nf4" in trained.stdout + trained.stderr
     assert "linear layers in nf4" in (run / "adapter" / "README.md").read_text()
     assert load_config(run / "config.yaml").model.quantization == "nf4"
