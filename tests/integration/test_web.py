@@ -169,7 +169,7 @@ def press(page, name):
     page.get_by_role("button", name=name, exact=True).click()
 
 
-def message(page, text):
+def expect_message(page, text):
     """One message on the page that holds the text."""
     expect(page.get_by_test_id("stAlert").filter(has_text=text)).to_have_count(1)
 
@@ -210,7 +210,7 @@ def connect(page, url):
 
 def test_good_rows_are_accounted_for_with_their_lengths_and_their_mask(page, folder):
     check(page, folder, "rows.json")
-    message(page, "This data can be trained on")
+    expect_message(page, "This data can be trained on")
     expect(page.get_by_test_id("stMetric").filter(has_text="Rows read")).to_contain_text("40")
     expect(page.locator(".lorikit .row .learnt", has_text=re.compile(r"it is \d")).first).to_be_visible()
     expect(page.get_by_test_id("stVegaLiteChart").locator("canvas, svg").first).to_be_visible()
@@ -218,7 +218,7 @@ def test_good_rows_are_accounted_for_with_their_lengths_and_their_mask(page, fol
 
 def test_rows_that_training_would_refuse_are_named_with_their_line(page, folder):
     check(page, folder, "empty_answer.json")
-    message(page, "empty_answer.json:1: output is empty")
+    expect_message(page, "empty_answer.json:1: output is empty")
 
 
 def test_what_rows_say_stays_text(page, folder):
@@ -231,20 +231,20 @@ def test_what_rows_say_stays_text(page, folder):
 
 def test_a_file_in_another_encoding_gets_one_message(page, folder):
     check(page, folder, "latin.csv")
-    message(page, "UTF-8")
+    expect_message(page, "UTF-8")
 
 
 def test_a_model_that_is_nowhere_and_one_that_is_not_named_get_one_message(page, folder):
     check(page, folder, "rows.json", model="nowhere")
-    message(page, "no such file or folder")
+    expect_message(page, "no such file or folder")
     check(page, folder, "rows.json", model=None)
-    message(page, "Name a model first")
+    expect_message(page, "Name a model first")
 
 
 def test_a_row_can_be_asked_for_and_one_that_is_not_there_gets_a_message(desk, folder):
     write(desk, "Show this row (file:line)", "elsewhere.json:3")
     check(desk, folder, "rows.json")
-    message(desk, "the rows are from rows.json")
+    expect_message(desk, "the rows are from rows.json")
 
 
 def test_an_upload_lands_in_the_folder_under_a_harmless_name_and_can_be_checked(page, folder, request):
@@ -252,7 +252,7 @@ def test_an_upload_lands_in_the_folder_under_a_harmless_name_and_can_be_checked(
     content = json.dumps(ROWS[:5]).encode()
     upload = page.get_by_test_id("stFileUploaderDropzoneInput")
     upload.set_input_files([{"name": name, "mimeType": "application/json", "buffer": content}])
-    message(page, f"Saved as uploads/{name}")
+    expect_message(page, f"Saved as uploads/{name}")
     assert (folder / "uploads" / name).read_bytes() == content
     expect(page.get_by_role("combobox", name=re.compile("File in the working folder"))).to_have_value(f"uploads/{name}")
 
@@ -260,10 +260,10 @@ def test_an_upload_lands_in_the_folder_under_a_harmless_name_and_can_be_checked(
 def test_an_upload_that_is_empty_or_of_another_kind_gets_a_message_and_is_not_kept(page, folder):
     upload = page.get_by_test_id("stFileUploaderDropzoneInput")
     upload.set_input_files([{"name": "nothing.json", "mimeType": "application/json", "buffer": b""}])
-    message(page, "nothing.json: the file is empty")
+    expect_message(page, "nothing.json: the file is empty")
     page.reload()
     upload.set_input_files([{"name": "virus.exe", "mimeType": "application/json", "buffer": b"MZ"}])
-    message(page, "virus.exe: rows are read from .json")
+    expect_message(page, "virus.exe: rows are read from .json")
     assert not (folder / "uploads" / "nothing.json").exists()
     assert not list(folder.rglob("virus*"))
 
@@ -274,18 +274,18 @@ def test_an_upload_that_is_empty_or_of_another_kind_gets_a_message_and_is_not_ke
 def test_impossible_settings_are_named_with_what_is_allowed(page, folder):
     new_run(page, folder, "wrong", Rank="0", Learning_rate="fast")
     press(page, "Start")
-    message(page, "lora.r is 0: it should be greater than or equal to 1")
-    message(page, "train.learning_rate is 'fast'")
+    expect_message(page, "lora.r is 0: it should be greater than or equal to 1")
+    expect_message(page, "train.learning_rate is 'fast'")
     assert not (folder / "runs" / "wrong.yaml").exists()
 
 
 def test_a_run_cannot_be_put_elsewhere_or_over_another_one(page, folder):
     new_run(page, folder, "../../elsewhere")
     press(page, "Start")
-    message(page, "letters, digits, - and _ are allowed")
+    expect_message(page, "letters, digits, - and _ are allowed")
     write(page, "Name of the run", "mine")
     press(page, "Start")
-    message(page, "there is a run mine already")
+    expect_message(page, "there is a run mine already")
 
 
 def test_the_plan_says_steps_memory_and_time_before_anything_starts(desk, folder):
@@ -300,7 +300,7 @@ def test_a_run_is_started_drawn_and_finished(desk, folder):
     new_run(desk, folder, "short", Epochs="1")
     more(desk, "train", logging_steps="1")
     press(desk, "Start")
-    message(desk, "short is on its way")
+    expect_message(desk, "short is on its way")
     expect(desk.get_by_text("short · finished · step 3 of 3")).to_be_visible(timeout=120_000)
     expect(desk.get_by_test_id("stVegaLiteChart").first).to_be_visible()
     assert (folder / "runs" / "short" / "adapter" / "adapter_model.safetensors").is_file()
@@ -310,7 +310,7 @@ def test_a_run_that_cannot_train_says_why_on_the_page(desk, folder):
     new_run(desk, folder, "failing")
     write(desk, "Model (folder, name or hub id)", str(folder / "nowhere"))
     press(desk, "Start")
-    message(desk, "no such file or folder")
+    expect_message(desk, "no such file or folder")
     expect(desk.get_by_text("failing · stopped")).to_be_visible()
 
 
@@ -324,7 +324,7 @@ def test_a_run_is_stopped_goes_on_and_outlives_the_page_and_its_server(browser, 
         expect(page.get_by_text(re.compile(r"long · running · step [1-9]\d* of 100000"))).to_be_visible(timeout=120_000)
         press(page, "Stop")
         expect(page.get_by_text("long · stopped")).to_be_visible()
-        message(page, "stopped by SIGTERM after step")
+        expect_message(page, "stopped by SIGTERM after step")
         press(page, "Go on")
         expect(page.get_by_text("long · running").first).to_be_visible()
         note = folder / "runs" / "long.json"
@@ -347,10 +347,10 @@ def test_a_run_is_stopped_goes_on_and_outlives_the_page_and_its_server(browser, 
 
 def test_an_address_where_no_server_is_or_that_is_none_gets_a_message(page):
     connect(page, "http://127.0.0.1:9")
-    message(page, "cannot be reached")
+    expect_message(page, "cannot be reached")
     write(page, "Address of an OpenAI-compatible server", "my server")
     press(page, "Connect")
-    message(page, "is no address of a server")
+    expect_message(page, "is no address of a server")
 
 
 def test_answers_stand_side_by_side_as_text(page):
@@ -374,7 +374,7 @@ def test_a_blind_vote_hides_the_names_until_it_is_given_and_is_kept_in_the_run(p
         expect(page.get_by_role("button", name="A is better")).to_be_visible()
         expect(page.get_by_text(re.compile("^A: "))).to_have_count(0)
         press(page, "B is better")
-        message(page, "Kept in runs/mine/votes.jsonl")
+        expect_message(page, "Kept in runs/mine/votes.jsonl")
         expect(page.get_by_text(re.compile("^B: (base|mine)$"))).to_be_visible()
     votes = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(votes) == before + 1
@@ -414,12 +414,12 @@ def test_no_question_and_a_vote_on_one_model_get_a_message(page):
     with chat_server() as url:
         connect(page, url)
         press(page, "Ask")
-        message(page, "Write a question first")
+        expect_message(page, "Write a question first")
         write(page, "Question", "who?")
         page.get_by_text("Blind vote").click()
         press(page, "Remove mine")
         press(page, "Ask")
-        message(page, "needs exactly two models")
+        expect_message(page, "needs exactly two models")
 
 
 # Runs, language, an empty folder
@@ -431,7 +431,7 @@ def test_the_runs_are_listed_and_a_report_is_shown_on_the_page(page):
     pick(page, "Details of", "mine")
     expect(page.frame_locator("iframe").get_by_role("heading", name="The verdict: learned")).to_be_visible()
     pick(page, "Details of", "half")
-    message(page, "This run has no report yet")
+    expect_message(page, "This run has no report yet")
 
 
 def test_the_page_speaks_chinese_when_asked_and_when_the_browser_does(browser, address, page):
@@ -448,13 +448,13 @@ def test_an_empty_folder_says_on_every_page_what_to_do(browser, tmp_path):
     (tmp_path / "nothing").mkdir()
     with serving(tmp_path / "nothing") as (address, _), watched(browser, PHONE) as page:
         page.goto(address)
-        message(page, "There is no file with rows in this folder yet")
+        expect_message(page, "There is no file with rows in this folder yet")
         go(page, "Train")
-        message(page, "There is no file with rows in this folder yet")
+        expect_message(page, "There is no file with rows in this folder yet")
         go(page, "Compare")
-        message(page, "No run of this folder has an adapter yet")
+        expect_message(page, "No run of this folder has an adapter yet")
         go(page, "Runs")
-        message(page, "There is no run in this folder yet")
+        expect_message(page, "There is no run in this folder yet")
 
 
 # The command
