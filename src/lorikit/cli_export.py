@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -15,14 +16,39 @@ if TYPE_CHECKING:
     from lorikit.export.merge import Merged
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Folding:
+    """Where and how an adapter is folded into its base.
+
+    Parameters
+    ----------
+    output
+        The folder to write; it appears when it is complete and proven.
+    dtype
+        auto (as the base is stored), bfloat16, float16 or float32.
+    device
+        Where it is compared: auto, cpu, cuda, cuda:N or mps.
+    """
+
+    output: Annotated[Path, Parameter(name=["--output", "-o"])]
+    dtype: str = "auto"
+    device: str = "auto"
+    force: Force = False
+
+    def fold(self, run: str, **more: Any) -> Merged:
+        """`export.merge.merge` of the run, its progress shown."""
+        from lorikit.export.merge import merge as fold
+
+        chosen: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "force": self.force}
+        return fold(run, self.output, **chosen, say=say, done=_tensors, **more)
+
+
 def merge(
     run: str,
     /,
     *,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    dtype: str = "auto",
-    device: str = "auto",
-    force: Force = False,
+    folding: Folding,
     as_json: Json = False,
 ) -> None:
     """Fold the adapter of RUN into its base: one model folder, for transformers, vLLM, Ollama. Refused unless proven equal.
@@ -34,16 +60,8 @@ def merge(
     ----------
     run
         A run folder, a checkpoint, a PEFT adapter folder.
-    output
-        The folder to write; it appears when it is complete and proven.
-    dtype
-        auto (as the base is stored), bfloat16, float16 or float32.
-    device
-        Where it is compared: auto, cpu, cuda, cuda:N or mps.
     """
-    from lorikit.export.merge import merge as fold
-
-    _tell(fold(run, output, dtype=dtype, device=device, force=force, say=say, done=_tensors), as_json=as_json)
+    _tell(folding.fold(run), as_json=as_json)
 
 
 def export(
@@ -51,10 +69,7 @@ def export(
     /,
     *,
     to: str,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    dtype: str = "auto",
-    device: str = "auto",
-    force: Force = False,
+    folding: Folding,
     as_json: Json = False,
 ) -> None:
     """Write RUN in the form of another program: ollama, a merged model with a Modelfile that has its chat template.
@@ -67,12 +82,6 @@ def export(
         A run folder, a checkpoint, a PEFT adapter folder.
     to
         ollama. For gguf, merge, and give the folder to llama.cpp's convert_hf_to_gguf.py.
-    output
-        The folder to write; it appears when it is complete and proven.
-    dtype
-        auto (as the base is stored), bfloat16, float16 or float32.
-    device
-        Where it is compared: auto, cpu, cuda, cuda:N or mps.
     """
     if to == "gguf":
         raise ConfigError(
@@ -80,12 +89,10 @@ def export(
         )
     if to != "ollama":
         raise ConfigError(f"--to is {to!r}: ollama")
-    from lorikit.export.merge import merge as fold
     from lorikit.export.ollama import write_modelfile
 
-    merged = fold(run, output, dtype=dtype, device=device, force=force, say=say, done=_tensors, beside=write_modelfile)
-    _tell(merged, as_json=as_json)
-    say(f"next: ollama create NAME -f {output / 'Modelfile'}")
+    _tell(folding.fold(run, beside=write_modelfile), as_json=as_json)
+    say(f"next: ollama create NAME -f {folding.output / 'Modelfile'}")
 
 
 def _tell(merged: Merged, *, as_json: bool) -> None:
