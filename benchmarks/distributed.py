@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from train import make_rows  # the rows of benchmarks/train.py, which stands beside this file
 
 from lorikit.config import load_config
-from lorikit.data.pack import pack, split_step
 from lorikit.hub import Resolved
 from lorikit.model.load import load_engine
 from lorikit.train.adamw import make_optimizer
@@ -96,7 +95,6 @@ def work(arguments: argparse.Namespace) -> None:
             return begin_step(engine, optimizer, prepared, budget, dropout_seed=seed, learning_rate=1e-4, shared=shared)
 
         engine.train()
-        engine.foresee(pack(part) for share in shares if share for part in split_step(share, budget.max_tokens))
         seconds, started, ahead = [], time.perf_counter(), None
         for step in range(count):
             in_flight = ahead or begin(step)
@@ -106,7 +104,6 @@ def work(arguments: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - started)
             started += seconds[-1]
             assert math.isfinite(done.loss_sum) and done.norm > 0, "no finite loss, or no gradient"
-        engine.foresee(())
         peaks = [peak for (peak,) in ranks.numbers(float(peak_memory(engine.device)))]
         exchange = time_exchange(ranks, engine)
         if not ranks.first:

@@ -55,7 +55,7 @@ class DecodeGraphs:
                 self._captured[key] = self._capture(rows, modes, adapted)
             except RuntimeError as error:  # of every kind: out of memory too
                 self._broken = True
-                self._captured.clear()
+                self.forget()
                 reason = str(error).splitlines()[0]
                 warnings.warn(f"decoding goes on without CUDA graphs, slower: {reason}", RuntimeWarning, stacklevel=2)
         found = self._captured.get(key)
@@ -70,6 +70,7 @@ class DecodeGraphs:
     def forget(self) -> None:
         """Capture all graphs anew, at their next use: something that they read has another address."""
         self._captured.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # one whose last graph has gone takes no other
 
     def _put(self, slots: list[int], size: int) -> Tensor:
         """The rows of a batch of this size, at an address of their own."""

@@ -106,4 +106,5 @@ class Slots:
         if decoded:
             self.length[rows] += 1
         if penalises and self.seen is not None:
-            self.seen[rows, chosen] = True
+            # Not `= True`, which copies from the host: no graph can hold that.
+            self.seen[rows, chosen] = torch.ones_like(chosen, dtype=torch.bool)
