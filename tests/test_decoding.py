@@ -289,7 +289,6 @@ def test_many_requests_wait_for_few_slots_in_their_order(decoder):
     assert Counter(ended).most_common(1)[0][1] == 1
 
 
-@pytest.mark.skipif(not INTERPRETER, reason="the next test starts it in Triton's interpreter")
 def test_the_stacks_of_a_gpu_hold_the_adapters_parameters_in_its_own_type(decoder):
     own = decoder.adapter
     half = Adapter(
@@ -302,6 +301,7 @@ def test_the_stacks_of_a_gpu_hold_the_adapters_parameters_in_its_own_type(decode
     assert stack.b[1].any()
 
 
+@pytest.mark.skipif(not INTERPRETER, reason="the next test starts it in Triton's interpreter")
 @pytest.mark.parametrize("family", ["llama with biases", "qwen3"])
 def test_the_step_of_a_gpu_gives_the_tokens_of_the_other(family, tmp_path):
     engine = load(tmp_path, "decoder", family)

@@ -46,3 +46,15 @@ def test_attention_and_its_gradients_are_those_of_float32(lengths, head_dim, hea
         assert want.abs().max() > 0
         assert (ours.float() - want).norm() <= 0.01 * want.norm()
         assert (ours.float() - want).abs().max() <= 8 * torch.finfo(torch.bfloat16).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_gradients_of_torchs_attention_are_the_same_bytes_every_time(lengths, monkeypatch):
+    monkeypatch.setattr(flash_attention_4, "LEAST", 10**9)
+    at = sequences(LENGTHS[lengths])
+    q, grad = (torch.randn(int(at.cu_q[-1]), 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(int(at.cu_k[-1]), 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    first = run(q, k, v, at, grad)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(run(q, k, v, at, grad), first, strict=True))
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -25,7 +25,9 @@ from lorikit.model.decoder_layer import Rows
 from lorikit.model.kernels.launch import CAPTURING, compiling_ahead
 from lorikit.model.packed_attention import Keys, Sequences
 
-_TOKENS = 64  # tokens are rounded up to this; products of such sizes are the fast ones on tensor cores
+# Tokens are rounded up to the first below the second, to the third from there on: what that adds to a few hundred steps costs
+# less than the graphs that finer buckets would need.
+_FINE, _MANY, _COARSE = 64, 512, 128
 _SHARES = 4  # labels are rounded up to a quarter of the tokens; finer steps mean more graphs to capture
 _SEQUENCES = 16
 _LONGEST = 512  # the least that attention is started for: blocks beyond a sequence's end stop at once
@@ -52,7 +54,7 @@ def bucket_of(at: Layout) -> Bucket:
 
 def bucket_for(num_tokens: int, num_labels: int, num_sequences: int, longest: int, prefix: int = 0) -> Bucket:
     """The smallest bucket for tokens, labels and sequences of these numbers."""
-    tokens = _round_up(num_tokens + 1, _TOKENS)
+    tokens = _round_up(num_tokens + 1, _FINE if num_tokens < _MANY else _COARSE)
     sequences = _round_up(num_sequences + 2, _SEQUENCES)  # with the shared one and the dummy
     dummy = tokens - num_tokens + (sequences - num_sequences) * prefix
     return Bucket(

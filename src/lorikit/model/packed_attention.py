@@ -8,7 +8,6 @@ scaled_dot_product_attention a sequence; no (T, T) mask is ever built.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,7 +177,7 @@ class _InOrder(torch.autograd.Function):
 def _deterministic() -> Iterator[None]:
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch._C._set_deterministic_algorithms(not os.environ.get("ANY_ORDER"), warn_only=True)
+    torch._C._set_deterministic_algorithms(True, warn_only=False)  # only warned, FlashAttention goes on as before
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
