@@ -48,10 +48,9 @@ def test_attention_and_its_gradients_are_those_of_float32(lengths, head_dim, hea
         assert (ours.float() - want).abs().max() <= 8 * torch.finfo(torch.bfloat16).eps * want.abs().max()
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_gradients_of_torchs_attention_are_the_same_bytes_every_time(lengths, monkeypatch):
+def test_gradients_of_sequences_up_to_1024_tokens_are_the_same_bytes_every_time(monkeypatch):
     monkeypatch.setattr(flash_attention_4, "LEAST", 10**9)
-    at = sequences(LENGTHS[lengths])
+    at = sequences(([300, 1, 900, 129, 1024], [300, 1, 1000, 129, 1024]))
     q, grad = (torch.randn(int(at.cu_q[-1]), 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(int(at.cu_k[-1]), 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     first = run(q, k, v, at, grad)

@@ -23,6 +23,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from lorikit.model import flash_attention_4
 
 NAME = "lorikit_packed"
+# Up to so many tokens a sequence the gradients are summed in a fixed order. Few longer ones would take up to five times the
+# memory for it: a sum of each query's gradient for every group of multiprocessors.
+_IN_ORDER = 1024
 
 
 @cache
@@ -140,7 +143,8 @@ def _varlen(
         assert isinstance(out, Tensor)
         return out
 
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if not differentiable or at.longest_k > _IN_ORDER:
         return compute(q, k, v)
     out = _InOrder.apply(q, k, v, compute)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
@@ -176,14 +180,14 @@ class _InOrder(torch.autograd.Function):
 @contextmanager
 def _deterministic() -> Iterator[None]:
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    filled = torch._C._get_deterministic_fill_uninitialized_memory()
     torch._C._set_deterministic_algorithms(True, warn_only=False)  # only warned, FlashAttention goes on as before
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
     try:
         yield
     finally:
         torch._C._set_deterministic_algorithms(modes[0], warn_only=modes[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        torch._C._set_deterministic_fill_uninitialized_memory(filled)
 
 
 @cache
