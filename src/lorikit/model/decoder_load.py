@@ -78,8 +78,8 @@ def load(
         with torch.cuda.device(device):
             start_compiler()  # needs seconds, beside the reading of weights
     try:
-        by_column = device.type == "cpu" and dtype == torch.float32 and not plan.trainable
-        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization, by_column=by_column)
+        pack = device.type == "cpu" and not plan.trainable
+        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization, pack=pack)
     except torch.OutOfMemoryError as error:
         what = str(dtype).removeprefix("torch.") if plan.quantization == "none" else plan.quantization
         smaller = {"none": "model.quantization: nf4, or model.device_map: auto", "fp8": "model.quantization: nf4"}
