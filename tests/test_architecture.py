@@ -95,6 +95,7 @@ LAYERS = [
         "lorikit.model.kernels.swiglu",
         "lorikit.model.load",
         "lorikit.model.lora",
+        "lorikit.model.lora_fold",
         "lorikit.model.flash_attention_4",
         "lorikit.model.packed_attention",
         "lorikit.model.sampling",

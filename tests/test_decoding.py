@@ -25,7 +25,7 @@ from lorikit.model.engine import Request, Sampling
 from lorikit.model.frozen import Packed
 from lorikit.model.load import load_engine
 from lorikit.model.sampling import Choice, next_tokens, probabilities, uniform
-from tiny_decoder import VOCABULARY, randomize_b, rows, save, settings
+from tiny_decoder import randomize_b, rows, save, settings
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0, repetition_penalty=1.0)
 DRAWN = Sampling(max_new_tokens=8, temperature=1.2, top_p=0.95, repetition_penalty=1.2, seed=5)

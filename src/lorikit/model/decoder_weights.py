@@ -23,6 +23,7 @@ from torch import Tensor
 from lorikit.errors import ModelError
 from lorikit.model.decoder_config import DecoderShape
 from lorikit.model.frozen import Dense, Frozen, Place, allocator, packed
+from lorikit.model.lora_fold import Update
 from lorikit.model_files import INDEX
 
 # A reader's share in elements. Smaller ones would open the file more often, larger ones leave threads without work at the end.
@@ -89,15 +90,17 @@ def load_weights(
     quantization: str = "none",
     *,
     pack: bool = False,
+    updates: Mapping[str, Update] | None = None,
 ) -> Weights:
     """The weights in `folder`, for which `unusable` gave None; the linear layers but the head quantised as asked for.
 
     `pack`: in the blocks for products of few rows on a CPU (`frozen.packed`); a tied head is then there twice.
+    `updates`: an adapter, by names of the files, which is folded into the weights as they are read.
 
     ModelError when a file turns out to be damaged.
     """
     weights = _allocate(shape, dtype, device, quantization)
-    _fill(folder, _places(weights, shape))
+    _fill(folder, _places(weights, shape), updates or {}, device)
     if not pack:
         return weights
     # One layer after the other, each forgotten as it was: hardly more than one is there twice.
@@ -109,13 +112,17 @@ def load_weights(
     return replace(weights, layers=tuple(layers), packed_head=packed(weights.output) if shape.tied else None)
 
 
-def _fill(folder: Path, places: Mapping[str, Place]) -> None:
+def _fill(folder: Path, places: Mapping[str, Place], updates: Mapping[str, Update], device: torch.device) -> None:
+    """Put every tensor of the files in its place."""
     from safetensors import SafetensorError, safe_open
+
+    assert updates.keys() <= places.keys(), f"nowhere to fold {sorted(updates.keys() - places.keys())}"
 
     def read(path: Path, names: list[str]) -> None:
         with safe_open(path, framework="pt") as file:
             for name in names:
-                places[name].put(file.get_tensor(name))
+                tensor = file.get_tensor(name)
+                places[name].put(updates[name].fold(tensor.to(device)) if name in updates else tensor)
 
     shares = [(path, names) for path in _files(folder) for names in _shares(path, places)]
     try:
@@ -166,9 +173,7 @@ def _shares(path: Path, places: Mapping[str, Place]) -> Iterator[list[str]]:
         yield names
 
 
-def _allocate(
-    shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none"
-) -> Weights:
+def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none") -> Weights:
     frozen = allocator(quantization, dtype, device)
 
     def empty(*size: int) -> Tensor:

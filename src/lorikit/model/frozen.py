@@ -233,9 +233,7 @@ class Nf4:
         return put
 
 
-def allocator(
-    quantization: str, dtype: torch.dtype, device: torch.device
-) -> Callable[[Sequence[int], int], Frozen]:
+def allocator(quantization: str, dtype: torch.dtype, device: torch.device) -> Callable[[Sequence[int], int], Frozen]:
     """A function (rows of each stacked matrix, inputs) -> a weight of that size, to be filled through its `places`.
 
     The matrices of one allocator are quantised one at a time, whichever threads bring them: libraries that compile and
