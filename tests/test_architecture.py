@@ -160,6 +160,7 @@ LAYERS = [
         "lorikit.serve",
         "lorikit.serve.answers",
         "lorikit.serve.app",
+        "lorikit.serve.docs_page",
         "lorikit.serve.guard",
         "lorikit.serve.metrics",
         "lorikit.serve.models",

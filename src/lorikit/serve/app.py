@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from lorikit import __version__
 from lorikit.serve.answers import Answering, Job, chunks, engine_error, whole
+from lorikit.serve.docs_page import add_docs
 from lorikit.serve.guard import Guard, extra_headers
 from lorikit.serve.metrics import Metrics
 from lorikit.serve.models import Models, Served
@@ -80,9 +81,12 @@ def make_app(
         description="OpenAI's API for a base model and its LoRA adapters.",
         lifespan=lifespan,
         responses=_ERRORS,
+        docs_url=None,
+        redoc_url=None,
     )
     guard = Guard(app, keys)
     _handle_errors(app, metrics)
+    add_docs(app)
     _add_status(app, models, worker, metrics, guard, max_length)
     _add_completions(app, models, Answering(worker, metrics, max_length))
     return guard
