@@ -3,8 +3,8 @@ answer is one that the document tells of.
 
     python benchmarks/serve_fuzz.py URL SCHEMATHESIS [--max-examples 100]
 
-URL is what `lorikit serve` printed, started with a small --max-length; SCHEMATHESIS the command (pip install schemathesis).
-The document is given the names of the served models, so that requests get past the 404 of an unknown one, and
+URL is what `lorikit serve` printed, of a tiny model that takes 32768 tokens; SCHEMATHESIS the command (pip install
+schemathesis). The document is given the names of the served models, so that requests get past the 404 of an unknown one, and
 turns of users alone.
 """
 

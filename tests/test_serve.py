@@ -382,6 +382,29 @@ def test_the_document_tells_the_limits_of_numbers_and_a_whole_number_may_have_a_
     assert (own["minimum"], own["maximum"]) == (0, 2)
     assert schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"][0]["minLength"] == 1
     assert server.ask(body=chat(temperature=0, max_tokens=8.0))[0] == 200
+    told = server.get("/openapi.json")[2]["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
+    assert set(told) == {"application/json", "text/event-stream"}
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({}, True),
+        ({"top_logprobs": 0, "stream_options": None}, True),
+        ({"top_logprobs": 2}, False),
+        ({"top_logprobs": 2, "logprobs": False}, False),
+        ({"top_logprobs": 2, "logprobs": True}, True),
+        ({"stream_options": {}}, False),
+        ({"stream_options": {}, "stream": True}, True),
+    ],
+)
+def test_what_needs_another_field_is_told_by_the_document_as_the_server_has_it(given, allowed, server):
+    jsonschema = pytest.importorskip("jsonschema")
+    document = server.get("/openapi.json")[2]
+    schema = {"$ref": "#/components/schemas/ChatRequest", "components": document["components"]}
+    body = chat(**GREEDY, **given)
+    assert (server.ask(body=body)[0] == 200) == allowed
+    assert jsonschema.Draft202012Validator(schema).is_valid(body) == allowed
 
 
 def test_the_page_of_the_routes_names_no_other_host_and_its_files_are_here(server):

@@ -56,6 +56,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or with stream: true its chunks as server-sent events",
+        "content": {"text/event-stream": {}},
+    }
+}
+
 
 def make_app(
     models: Models, worker: Worker, max_length: int, *, keys: Sequence[str] = (), background: Sequence[Background] = ()
@@ -158,14 +165,14 @@ def _add_completions(app: FastAPI, models: Models, answering: Answering) -> None
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         return _find(models, asked.model)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_STREAMED)
     async def chat(request: Request, asked: ChatRequest) -> Response:
         """The next turn of a conversation."""
         served = check(asked)
         request.state.model = served.name
         return await respond(request, await answering.chat(served, asked), asked)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_STREAMED)
     async def complete(request: Request, asked: CompletionRequest) -> Response:
         """How a text goes on."""
         served = check(asked)

@@ -18,6 +18,7 @@ MAX_CHOICES, MAX_TOP_LOGPROBS, MAX_STOPS = 16, 20, 16
 MAX_TURNS = 1000  # a template is rendered up to each answer of the history, which takes the square of their number
 MAX_NEW_TOKENS = Sampling().max_new_tokens
 _TOP_COMPLETION_LOGPROBS = 5
+_MOST_SEED = 2**63 - 1024  # the largest below 2**63 that a float64 holds, as which the document's limits are read
 _GREEDY_BELOW = 1e-3  # such a temperature takes the likeliest token all the same, and logits divided by it overflow
 
 
@@ -119,8 +120,19 @@ class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
+def _needs(name: str, off: list[Any], other: str) -> dict[str, Any]:
+    """JSON schema: a property that is not `off` needs another one to be true."""
+    unused = {"anyOf": [{"properties": {name: {"enum": off}}}, {"not": {"required": [name]}}]}
+    return {"anyOf": [unused, {"properties": {other: {"const": True}}, "required": [other]}]}
+
+
+_STREAM_RULE = _needs("stream_options", [None], "stream")
+
+
 class _Sampled(_Strict):
     """What both kinds of completion have."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_RULE]})
 
     model: Text
     temperature: Annotated[float, Field(ge=0, le=2), _NUMBER] | None = None
@@ -128,7 +140,7 @@ class _Sampled(_Strict):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1, description="0 and -1 are off"), _NUMBER] | None = None
     min_p: Annotated[float, Field(ge=0, le=1), _NUMBER] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10), _NUMBER] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), _NUMBER] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=_MOST_SEED), _NUMBER] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _NUMBER] | None = None
     stop: Stop | list[Stop] | None = None
     stream: Flag | None = None
@@ -165,6 +177,10 @@ class _Sampled(_Strict):
 
 class ChatRequest(_Sampled):
     """POST /v1/chat/completions"""
+
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [_STREAM_RULE, _needs("top_logprobs", [0, None], "logprobs")]}
+    )
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_TURNS, description="the last turn is the user's")
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), _NUMBER] | None = None
