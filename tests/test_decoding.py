@@ -20,7 +20,9 @@ from lorikit.config import LoraSettings
 from lorikit.data.pack import pack
 from lorikit.errors import DataError, ModelError, OutOfMemoryError
 from lorikit.model import lora, sampling
+from lorikit.model.decoder_adapter import Adapter
 from lorikit.model.decoder_slots import Slots
+from lorikit.model.decoder_stack import stack_adapters
 from lorikit.model.engine import Request, Sampling
 from lorikit.model.frozen import Packed
 from lorikit.model.load import load_engine
@@ -298,6 +300,18 @@ def test_many_requests_wait_for_few_slots_in_their_order(decoder):
 
 
 @pytest.mark.skipif(not INTERPRETER, reason="the next test starts it in Triton's interpreter")
+def test_the_stacks_of_a_gpu_hold_the_adapters_parameters_in_its_own_type(decoder):
+    own = decoder.adapter
+    half = Adapter(
+        own.shape, own.shape.linear_names(), own.values, device=own.flat.device, dtype=torch.bfloat16, trainable=False
+    )
+    half.flat.copy_(own.flat)
+    stack = stack_adapters(own.shape, {"default": half}).layers[0]["o"]
+    a, b = (own.named()[f"base_model.model.model.layers.0.self_attn.o_proj.lora_{m}.weight"] for m in "AB")
+    assert torch.equal(stack.a[1], a.bfloat16()) and torch.equal(stack.b[1], b.bfloat16())
+    assert stack.b[1].any()
+
+
 @pytest.mark.parametrize("family", ["llama with biases", "qwen3"])
 def test_the_step_of_a_gpu_gives_the_tokens_of_the_other(family, tmp_path):
     engine = load(tmp_path, "decoder", family)

@@ -53,8 +53,8 @@ def engine(request, tmp_path):
     return made[0]
 
 
-def settings():
-    return ModelConfig(name_or_path="org/tiny", device="cuda", dtype="float32", engine="decoder")
+def settings(dtype="float32"):
+    return ModelConfig(name_or_path="org/tiny", device="cuda", dtype=dtype, engine="decoder")
 
 
 def wanted(count=9):
@@ -127,3 +127,21 @@ def test_logprobs_of_a_graph_are_those_of_transformers_and_peft(engine):
     for token, row in zip(tokens, want, strict=True):
         assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-3)
         assert token.top[0] == (token.id, token.logprob)
+
+
+def test_in_bfloat16_every_token_is_chosen_with_the_adapter(tmp_path):
+    base = save(tmp_path / "base", "llama")
+    engine = load_engine(settings("bfloat16"), base, new_adapter=LoraSettings(r=4, target_modules="all-linear"))
+    randomize_b(engine, 0)
+    peer, _ = peer_of(base, engine)
+    tokens = {}
+    for name in ("default", None):
+        decoding = engine.decoding(1, 64)
+        decoding.add(Request([5, 9, 11], GREEDY, frozenset(), name, 1))
+        tokens[name] = [t for step in iter(decoding.step, []) for t in step]
+    errors = {}
+    for name, found in tokens.items():
+        whole = torch.tensor([[5, 9, 11, *(t.id for t in found)]])
+        want = peer.eval()(input_ids=whole).logits[0, 2:-1].log_softmax(1)
+        errors[name] = max(abs(t.logprob - float(row[t.id])) for t, row in zip(found, want, strict=True))
+    assert errors["default"] < 0.1 < errors[None]  # what the base alone says is told from it

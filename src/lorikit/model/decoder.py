@@ -64,8 +64,7 @@ class DecoderEngine:
         self._tables: dict[int, Tensor] = {}  # none is ever freed: captured graphs go on reading theirs
         self._graphs: StepGraphs | None = None
         self._others: dict[str, Adapter] = {}  # added after loading, by name; "default" here replaces the first one
-        # Off until tests/gpu/test_generate_cuda.py has passed on a GPU: without them answers take longer and stay the same.
-        self.decode_graphs = self.decode_kernels = False
+        self.decode_graphs = self.decode_kernels = True  # on a GPU; tests and benchmarks switch them off to compare
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
         self._takes_graphs = graphs and is_varlen(weights.embed, shape.head_dim)
 

@@ -30,6 +30,8 @@ class Stacks:
 
 def stack_adapters(shape: DecoderShape, adapters: Mapping[str, Adapter]) -> Stacks:
     """The adapters as they are now."""
+    for adapter in adapters.values():
+        adapter.refresh()  # what is copied is in the compute type
     numbers: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(adapters, start=1)}
     layers = tuple(_stack_layer(shape, number, list(adapters.values())) for number in range(shape.layers))
     return Stacks(layers, numbers)

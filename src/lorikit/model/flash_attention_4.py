@@ -34,7 +34,7 @@ def causal(
     assert function is not None
     out = function(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k,
-        softmax_scale=scale, causal=True,
+        softmax_scale=scale, causal=True, deterministic=not __import__("os").environ.get("ANY_ORDER"),
     )  # fmt: skip
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result

@@ -8,6 +8,9 @@ scaled_dot_product_attention a sequence; no (T, T) mask is ever built.
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -132,9 +135,56 @@ def _varlen(
     grouped: dict[str, Any] = {"enable_gqa": True} if _takes_enable_gqa() and q.shape[1] != k.shape[1] else {}
     at = sequences
     longest = (at.longest_q, at.longest_k)
-    out = varlen_attn(q, k, v, at.cu_q, at.cu_k, *longest, scale=scale, window_size=window, **grouped)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = varlen_attn(q, k, v, at.cu_q, at.cu_k, *longest, scale=scale, window_size=window, **grouped)
+        assert isinstance(out, Tensor)
+        return out
+
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+        return compute(q, k, v)
+    out = _InOrder.apply(q, k, v, compute)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
+
+
+class _InOrder(torch.autograd.Function):
+    """Attention whose gradients are summed in the same order every time: the same run leaves the same bytes.
+
+    FlashAttention adds the parts of a query's gradient as they come, unless torch's deterministic mode is on when its
+    backward starts. The mode is on for that backward only: elsewhere it would fill fresh memory and refuse operations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, compute: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """compute(q, k, v), its graph kept."""
+        with torch.enable_grad():
+            ctx.leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            ctx.out = compute(*ctx.leaves)
+        out: Tensor = ctx.out.detach()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of q, k and v."""
+        with _deterministic():
+            return (*torch.autograd.grad(ctx.out, ctx.leaves, grad), None)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch._C._set_deterministic_algorithms(not os.environ.get("ANY_ORDER"), warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(modes[0], warn_only=modes[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 @cache
