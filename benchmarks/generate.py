@@ -1,12 +1,12 @@
 """Generation checked and then timed: one stream and many, greedy and sampled, with an adapter on all seven linears.
 
     python benchmarks/make_model.py /tmp/llama && python benchmarks/generate.py --model /tmp/llama --out generate.jsonl
-    python benchmarks/generate.py --model smollm2-135m-instruct --streams 1 4 --new 64 --peer      side by side, on a CPU too
+    python benchmarks/generate.py --model smollm2-135m-instruct --streams 1 4 --new 64 --peer --merged    side by side
 
 Before anything is timed: logits of single steps within a few roundings of the float32 computation of transformers + peft
 (where it fits the memory: --no-float32 leaves it out), and greedy answers of many streams with CUDA graphs equal to those
 without graphs and to those of each alone, but for ties that rounding decides. Prints a table and JSON lines. --peer times
-transformers + peft's generate in the same run.
+transformers + peft's generate in the same run, --merged the adapter folded into the base beside the unmerged one.
 """
 
 from __future__ import annotations
@@ -53,9 +53,12 @@ def main() -> None:
     if not arguments.no_check:
         check(engine, base, folder, prompts, arguments)
     model = peer(base, folder, engine.device, engine.weights.embed.dtype) if arguments.peer else None
+    merged = load(base, folder, arguments, merge=True) if arguments.merged else None
     best: dict[tuple[str, int, str], dict[str, Any]] = {}
     for _, streams, way in product(range(arguments.rounds), arguments.streams, WAYS):
         found = [measure(engine, prompts[:streams], streams, way, arguments)]
+        if merged is not None:
+            found.append(measure(merged, prompts[:streams], streams, way, arguments))
         if model is not None:  # in turns: what else the machine does meets both
             found.append(measure_peer(model, prompts[0], streams, way, engine.device, arguments))
         for row in found:
@@ -87,10 +90,12 @@ def resolve(name: str) -> Resolved:
     return Resolved(Path(name), Path(name).name, "path", None) if Path(name).is_dir() else resolve_model(name)
 
 
-def load(base: Resolved, folder: Path, arguments: argparse.Namespace, graphs: bool = True) -> DecoderEngine:
-    """The decoder with the adapter."""
+def load(
+    base: Resolved, folder: Path, arguments: argparse.Namespace, graphs: bool = True, merge: bool = False
+) -> DecoderEngine:
+    """The decoder with the adapter, beside the base or folded into it."""
     settings = ModelConfig(name_or_path=base.name, dtype=arguments.dtype, engine="decoder", device=arguments.device)
-    engine = load_engine(settings, base, adapter=folder)
+    engine = load_engine(settings, base, adapter=folder, merge=merge)
     assert isinstance(engine, DecoderEngine)
     engine.decode_graphs, engine.decode_kernels = graphs, True
     return engine
@@ -216,11 +221,13 @@ def measure(
     sampling = Sampling(max_new_tokens=arguments.new, seed=0, **WAYS[way])
     decoding = engine.decoding(streams, PROMPT + arguments.new)
     for _ in range(2):
-        first, steps, seconds, processor, count = run_once(decoding, prompts, sampling)
+        first, steps, seconds, processor, count = run_once(
+            decoding, prompts, sampling, None if engine.adapter is None else ADAPTER
+        )
     peak = torch.cuda.max_memory_allocated() if engine.device.type == "cuda" else 0
     decoding.close()
     return {
-        "who": f"Lorikit, engine {engine.name}",
+        "who": f"Lorikit, {'adapter merged' if engine.adapter is None else f'engine {engine.name}'}",
         "streams": streams,
         "choice": way,
         "new_tokens": arguments.new,
@@ -233,11 +240,11 @@ def measure(
 
 
 def run_once(
-    decoding: DecoderDecoding, prompts: list[list[int]], sampling: Sampling
+    decoding: DecoderDecoding, prompts: list[list[int]], sampling: Sampling, adapter: str | None
 ) -> tuple[float, int, float, float, int]:
     """Seconds to the first token, decoding steps after it, their seconds, processor seconds and tokens."""
     for prompt in prompts:
-        decoding.add(Request(prompt, sampling, frozenset(), ADAPTER))
+        decoding.add(Request(prompt, sampling, frozenset(), adapter))
     begun = time.perf_counter()
     seen: set[int] = set()
     while len(seen) < len(prompts):
@@ -334,6 +341,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peer", action="store_true", help="also time transformers + peft")
+    parser.add_argument("--merged", action="store_true", help="also time the adapter folded into the base")
     parser.add_argument("--rounds", type=int, default=1, help="of all measurements; the best of each counts")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument(

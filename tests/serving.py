@@ -27,7 +27,7 @@ class Running:
             content = raw if raw is not None else None if body is None else json.dumps(body).encode()
             connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
             response = connection.getresponse()
-            text = response.read().decode()
+            text = response.read().decode(errors="replace")  # the icon of /docs is no text
         finally:
             connection.close()
         is_json = (response.getheader("Content-Type") or "").startswith("application/json")

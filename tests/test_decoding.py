@@ -24,9 +24,10 @@ from lorikit.model.decoder_adapter import Adapter
 from lorikit.model.decoder_slots import Slots
 from lorikit.model.decoder_stack import stack_adapters
 from lorikit.model.engine import Request, Sampling
+from lorikit.model.frozen import Packed
 from lorikit.model.load import load_engine
 from lorikit.model.sampling import Choice, next_tokens, probabilities, uniform
-from tiny_decoder import VOCABULARY, randomize_b, rows, save, settings
+from tiny_decoder import randomize_b, rows, save, settings
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0, repetition_penalty=1.0)
 DRAWN = Sampling(max_new_tokens=8, temperature=1.2, top_p=0.95, repetition_penalty=1.2, seed=5)
@@ -263,18 +264,27 @@ def test_the_likeliest_candidates_are_enough_or_all_are_sorted(spread, monkeypat
     assert torch.allclose(probabilities(logits, seen, choice)[:4], want[:4], atol=1e-6)
 
 
-def test_weights_by_column_are_the_same_weights(tmp_path):
-    base = save(tmp_path, "llama", intermediate_size=60, tie_word_embeddings=True)
-    engine = load_engine(settings(engine="decoder"), base)
-    assert not engine.weights.layers[0].gate_up.dense().is_contiguous(), "the test would show nothing"
-    assert not engine.weights.head.is_contiguous()
-    theirs = AutoModelForCausalLM.from_pretrained(base.path)
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("float32", False), ("bfloat16", True)])
+def test_packed_weights_are_the_same_weights(dtype, tied, tmp_path):
+    base = save(tmp_path, "llama with biases", tie_word_embeddings=tied)
+    engine = load_engine(settings(engine="decoder", dtype=dtype), base)
+    theirs = AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, dtype))
+    attention, mlp = theirs.model.layers[1].self_attn, theirs.model.layers[1].mlp
+    got = engine.weights.layers[1]
+    assert isinstance(got.qkv, Packed) and isinstance(got.down, Packed), "the test would show nothing"
+    assert isinstance(engine.weights.output, Packed) == tied
+    assert torch.equal(got.gate_up.dense(), torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+    assert torch.equal(got.down.dense(), mlp.down_proj.weight)
     assert torch.equal(engine.weights.head, theirs.lm_head.weight)
-    mlp = theirs.model.layers[1].mlp
-    want = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-    assert torch.equal(engine.weights.layers[1].gate_up.dense(), want)
-    assert engine.weights.embed.is_contiguous()
-    assert len(engine.weights.embed) == VOCABULARY
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)).to(theirs.dtype)
+    bound = 8 * torch.finfo(theirs.dtype).eps
+    keys = got.qkv[32:].forward(x, got.qkv_bias[32:])  # of 4 heads of 8, then keys and values
+    want = torch.cat([attention.k_proj(x), attention.v_proj(x)], 1)
+    assert (keys - want).abs().max() <= bound * want.abs().max()
+    want = theirs.lm_head(x)
+    assert (engine.weights.output.forward(x) - want).abs().max() <= bound * want.abs().max()
+    grad = got.down.input_gradient(x)
+    assert (grad - x @ mlp.down_proj.weight).abs().max() <= bound * grad.abs().max()
 
 
 def test_many_requests_wait_for_few_slots_in_their_order(decoder):

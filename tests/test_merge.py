@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lorikit.errors import ModelError
-from lorikit.export.fold import read_updates, stored_tensors, write_shards
+from lorikit.export.fold import write_shards
 from lorikit.export.merge import RECORD, merge
 from lorikit.infer.session import open_run
+from lorikit.model.lora_fold import read_updates, stored_tensors
 from tiny_decoder import save as save_family
 from tiny_model import save_adapter, save_model, save_run
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import shutil
 import socket
 import threading
@@ -353,6 +354,69 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(told, server):
         for _ in range(0 if told else 65):
             connection.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
         assert b" 413 " in connection.recv(100)
+
+
+@pytest.mark.parametrize(
+    ("path", "bad"),
+    [
+        ("/", {"temperature": False}),
+        ("/v1/chat/completions", {"store": 0}),
+        ("/v1/chat/completions", {"stream": 1}),
+        ("/v1/chat/completions", {"max_tokens": "5"}),
+        ("/v1/chat/completions", {"frequency_penalty": False}),
+        ("/v1/completions", {"prompt": ""}),
+        ("/v1/completions", {"prompt": ["a", ""]}),
+        ("/v1/completions", {"best_of": True}),
+    ],
+)
+def test_what_the_document_does_not_allow_is_refused_by_its_name(path, bad, server):
+    whole = {"/": {"prompt": "a"}, "/v1/completions": {"model": "run", "prompt": "a"}}.get(path, chat())
+    assert server.ask(path, {**whole, **GREEDY} if path != "/" else whole)[0] == 200
+    status, _, body = server.ask(path, {**whole, **bad})
+    assert status == 400 and body["error"]["param"].split(".")[0] == next(iter(bad))
+
+
+def test_the_document_tells_the_limits_of_numbers_and_a_whole_number_may_have_a_point(server):
+    schemas = server.get("/openapi.json")[2]["components"]["schemas"]
+    own = schemas["ChatRequest"]["properties"]["temperature"]["anyOf"][0]
+    assert (own["minimum"], own["maximum"]) == (0, 2)
+    assert schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"][0]["minLength"] == 1
+    assert server.ask(body=chat(temperature=0, max_tokens=8.0))[0] == 200
+    told = server.get("/openapi.json")[2]["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
+    assert set(told) == {"application/json", "text/event-stream"}
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({}, True),
+        ({"top_logprobs": 0, "stream_options": None}, True),
+        ({"top_logprobs": 2}, False),
+        ({"top_logprobs": 2, "logprobs": False}, False),
+        ({"top_logprobs": 2, "logprobs": True}, True),
+        ({"stream_options": {}}, False),
+        ({"stream_options": {}, "stream": True}, True),
+    ],
+)
+def test_what_needs_another_field_is_told_by_the_document_as_the_server_has_it(given, allowed, server):
+    jsonschema = pytest.importorskip("jsonschema")
+    document = server.get("/openapi.json")[2]
+    schema = {"$ref": "#/components/schemas/ChatRequest", "components": document["components"]}
+    body = chat(**GREEDY, **given)
+    assert (server.ask(body=body)[0] == 200) == allowed
+    assert jsonschema.Draft202012Validator(schema).is_valid(body) == allowed
+
+
+def test_the_page_of_the_routes_names_no_other_host_and_its_files_are_here(server):
+    status, _, page = server.get("/docs")
+    assert status == 200 and "//" not in re.sub(r"<!--.*?-->|//# ?source.*", "", page)
+    named = re.findall(r"""(?:src|href|url)(?:=|: )["']([^"']+)""", page)
+    assert len(named) == 4 and "/openapi.json" in named
+    for path in named:
+        assert server.get(path)[0] == 200
+    assert 'validatorUrl": null' in page
+    assert server.get("/docs/../app.py")[0] == server.get("/docs/__init__.py")[0] == 404
+    assert server.get("/redoc")[0] == 404
 
 
 def test_health_metrics_and_the_description_are_there(server):

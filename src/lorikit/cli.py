@@ -67,6 +67,8 @@ class Answering:
         Makes sampled answers repeatable.
     base
         Without the adapter: of a run, or of a base model.
+    merge
+        Fold the adapter into the base in memory: answers take less time, and the base is not there alone.
     device
         auto, cpu, cuda, cuda:N or mps.
     """
@@ -80,6 +82,7 @@ class Answering:
     repetition_penalty: float = 1.1
     seed: int | None = None
     base: Annotated[bool, Parameter(negative="")] = False
+    merge: Annotated[bool, Parameter(negative="")] = False
     device: str = "auto"
 
     def sampling(self) -> Sampling:
@@ -100,7 +103,7 @@ class Answering:
         """The engine and encoder of a run; what was found otherwise than expected is said on stderr."""
         from lorikit.infer.session import open_run
 
-        session = open_run(run, device=self.device, need_adapter=not self.base)
+        session = open_run(run, device=self.device, need_adapter=not self.base, merge=self.merge)
         for note in session.notes:
             print(note, file=sys.stderr)
         return session

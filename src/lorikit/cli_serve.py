@@ -40,6 +40,8 @@ class Serving:
         Seconds that running requests have to finish at the end.
     watch
         Pick up newer checkpoints of runs that still train.
+    merge
+        Fold the adapter of one run into the base in memory: answers take less time, and the base is not served.
     engine
         lorikit, or vllm: start vLLM's own server, if it is installed, for the same models.
     device
@@ -54,6 +56,7 @@ class Serving:
     max_waiting: int = 256
     drain: float = 30.0
     watch: Annotated[bool, Parameter(negative="")] = False
+    merge: Annotated[bool, Parameter(negative="")] = False
     engine: str = "lorikit"
     device: str = "auto"
 
@@ -61,9 +64,8 @@ class Serving:
         """The same as the server takes it."""
         from lorikit.serve.run import Options
 
-        return Options(
-            self.host, self.port, self.slots, self.max_length, self.max_waiting, self.drain, self.watch, self.device
-        )
+        names = ("host", "port", "slots", "max_length", "max_waiting", "drain", "watch", "merge", "device")
+        return Options(**{name: getattr(self, name) for name in names})
 
 
 def serve(*runs: str, serving: Serving | None = None) -> None:
@@ -101,7 +103,12 @@ def _serve_with_vllm(runs: Sequence[str], serving: Serving, keys: list[str]) -> 
     from lorikit.serve.vllm import check_installed, command
 
     check_options(serving.options(), keys)
-    given = (("--watch", serving.watch), ("--slots", serving.slots), ("second key", len(keys) > 1))
+    given = (
+        ("--watch", serving.watch),
+        ("--merge", serving.merge),
+        ("--slots", serving.slots),
+        ("second key", len(keys) > 1),
+    )
     refused = [name for name, present in given if present]
     if refused:
         raise ConfigError(f"--engine vllm takes no {' and no '.join(refused)}")

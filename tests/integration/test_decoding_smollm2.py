@@ -1,4 +1,5 @@
-"""The real SmolLM2: a hundred greedy answers are those of transformers, token by token, in float32."""
+"""The real SmolLM2: a hundred greedy answers are those of transformers, token by token, in float32, and a merged adapter's
+are those of the adapter beside its base."""
 
 import random
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorikit.config import ModelConfig
+from lorikit.config import LoraSettings, ModelConfig
 from lorikit.hub import resolve_model
+from lorikit.model import lora
 from lorikit.model.engine import Request, Sampling
 from lorikit.model.load import load_engine, load_tokenizer
 
@@ -61,3 +63,25 @@ def test_a_hundred_greedy_answers_are_transformers_own():
                 break
     equal = sum([t.id for t in ours] == theirs for ours, theirs in zip(got.values(), want, strict=True))
     assert equal >= 99
+
+
+def test_a_merged_adapter_answers_as_the_one_beside_the_base(tmp_path):
+    base, settings = (
+        resolve_model(NAME),
+        ModelConfig(name_or_path=NAME, dtype="float32", device="cpu", engine="decoder"),
+    )
+    made = load_engine(settings, base, new_adapter=LoraSettings(r=8))
+    generator, state = torch.Generator().manual_seed(1), made.adapter_state()
+    for name, value in state.items():
+        if "lora_B" in name:
+            value.normal_(0, 0.02, generator=generator)
+    made.load_adapter_state(state)
+    lora.save_adapter(tmp_path, made, base_name=NAME, base_revision=None, card="")
+    del made
+    prompts = prompts_of(load_tokenizer(base.path))[:8]
+    greedy = Sampling(max_new_tokens=12, temperature=0.0, repetition_penalty=1.0)
+    said = []
+    for adapter, merge in ((None, False), (tmp_path, False), (tmp_path, True)):
+        engine = load_engine(settings, base, adapter=adapter, merge=merge)
+        said.append([(t.prompt, t.id) for t in engine.generate(prompts, greedy, frozenset())])
+    assert said[2] == said[1] != said[0]

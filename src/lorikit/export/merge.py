@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorikit.errors import ConfigError, DiskError, ModelError
-from lorikit.export.fold import SHARD_BYTES, Stored, Update, cast, read_updates, stored_tensors, write_shards
+from lorikit.export.fold import SHARD_BYTES, cast, write_shards
 from lorikit.export.proof import Proof, prove
 from lorikit.infer.session import Located, locate
+from lorikit.model.lora_fold import Stored, Update, read_updates, stored_tensors
 from lorikit.train.card import public_name
 from lorikit.train.storage import new_folder
 

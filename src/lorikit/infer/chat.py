@@ -109,6 +109,8 @@ class _Chat:
                 if self.system
                 else "Back to the system prompt of the run, if it has one."
             )
+        elif name == "/base" and self.session.merged:
+            self.say("The adapter is merged into the base, which is not here alone; chat without --merge to compare.")
         elif name == "/base" and not self.session.has_adapter:
             self.say("There is no adapter here: this is the base model.")
         elif name == "/base":

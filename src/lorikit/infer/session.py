@@ -10,7 +10,7 @@ from typing import Literal
 
 from lorikit.config import RunConfig, load_config
 from lorikit.data.encode import Encoder
-from lorikit.errors import ModelError
+from lorikit.errors import ConfigError, ModelError
 from lorikit.hub import Resolved, resolve_model
 from lorikit.model import lora
 from lorikit.model.engine import Engine
@@ -33,6 +33,8 @@ class Session:
     base: str
     max_length: int
     has_adapter: bool
+    merged: bool = False
+    """Whether the adapter is folded into the base, which is then not there alone."""
     notes: tuple[str, ...] = ()
 
 
@@ -68,24 +70,29 @@ def open_run(
     device: str = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     need_adapter: bool = True,
+    merge: bool = False,
 ) -> Session:
     """The session of a run folder, a checkpoint of one, or a PEFT adapter folder.
 
     A run's own settings say how text becomes tokens; `device` and `dtype` other than auto replace the run's. A run that
     is not finished answers from its newest whole checkpoint. With `need_adapter` False it is the base alone, in the
-    settings of the run, and `path` may also be the folder or the id of a base model. Raises ModelError that says what to
+    settings of the run, and `path` may also be the folder or the id of a base model. With `merge` the adapter is folded
+    into the base in memory, ConfigError where that is not possible. Raises ModelError that says what to
     do where there is no adapter, and whatever loading the base, its adapter and its template raises.
     """
+    if merge and not need_adapter:
+        raise ConfigError("--merge and --base: merge the adapter, or answer without it")
     located = locate(path, device=device, dtype=dtype, need_adapter=need_adapter)
     encoder = located.encoder()
     return Session(
-        engine=load_engine(located.config.model, located.base, adapter=located.adapter),
+        engine=load_engine(located.config.model, located.base, adapter=located.adapter, merge=merge),
         encoder=encoder,
         config=located.config,
         name=str(path),
         base=located.base.name,
         max_length=longest(located.base.path),
-        has_adapter=located.adapter is not None,
+        has_adapter=located.adapter is not None and not merge,
+        merged=merge,
         notes=(*located.notes, *encoder.notes),
     )
 

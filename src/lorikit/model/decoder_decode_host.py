@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from lorikit.model.decoder_adapter import Adapter, Lora
 from lorikit.model.decoder_slots import Slots
@@ -127,12 +127,6 @@ def _attend(qkv: Tensor, cache: Tensor, rows: HostRows, heads: int, window: int)
     for row, (slot, newest) in enumerate(zip(rows.slots, rows.positions, strict=True)):
         cache[:, slot, :, newest] = new[row]
         first = max(0, newest + 1 - window) if window else 0
-        k, v = cache[:, slot, :, first : newest + 1].unbind()
-        score = torch.baddbmm(_nothing(qkv), queries[row], k.transpose(1, 2), beta=0, alpha=width**-0.5)
-        out.append((score.softmax(2, dtype=torch.float32).to(qkv.dtype) @ v).view(1, -1))
+        k, v = cache[:, slot : slot + 1, :, first : newest + 1].unbind()
+        out.append(scaled_dot_product_attention(queries[row : row + 1], k, v).view(1, -1))
     return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def _nothing(like: Tensor) -> Tensor:
-    """What baddbmm does not add where beta is 0."""
-    return like.new_empty(1, 1, 1)

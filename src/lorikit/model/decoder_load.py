@@ -32,6 +32,8 @@ class Plan:
     modules: tuple[str, ...]
     trainable: bool
     quantization: str = "none"
+    merged: Path | None = None
+    """The folder of an adapter that is folded into the base; then `adapter` is None."""
 
 
 def plan(
@@ -72,14 +74,16 @@ def load(
     from lorikit.model.decoder_adapter import Adapter
     from lorikit.model.decoder_weights import load_weights
     from lorikit.model.kernels.launch import start_compiler
+    from lorikit.model.lora_fold import read_updates, stored_tensors
 
     base = plan.base
     if device.type == "cuda":
         with torch.cuda.device(device):
             start_compiler()  # needs seconds, beside the reading of weights
     try:
-        by_column = device.type == "cpu" and dtype == torch.float32 and not plan.trainable
-        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization, by_column=by_column)
+        pack = device.type == "cpu" and not plan.trainable
+        updates = None if plan.merged is None else read_updates(plan.merged, stored_tensors(base.path))
+        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization, pack=pack, updates=updates)
     except torch.OutOfMemoryError as error:
         what = str(dtype).removeprefix("torch.") if plan.quantization == "none" else plan.quantization
         smaller = {"none": "model.quantization: nf4, or model.device_map: auto", "fp8": "model.quantization: nf4"}

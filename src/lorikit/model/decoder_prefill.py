@@ -56,4 +56,4 @@ def prefill(
     x = engine.weights.embed[ids]
     for layer in layers:
         x = run_layer(x, layer, step)
-    return (rmsnorm(x, engine.weights.norm, shape.eps) @ engine.weights.head.T).float()
+    return engine.weights.output.forward(rmsnorm(x, engine.weights.norm, shape.eps)).float()

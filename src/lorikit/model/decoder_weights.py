@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lorikit.errors import ModelError
 from lorikit.model.decoder_config import DecoderShape
-from lorikit.model.frozen import Dense, Frozen, Place, allocator
+from lorikit.model.frozen import Dense, Frozen, Place, allocator, packed
+from lorikit.model.lora_fold import Update
 from lorikit.model_files import INDEX
 
 # A reader's share in elements. Smaller ones would open the file more often, larger ones leave threads without work at the end.
@@ -55,11 +56,12 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Tensor
+    packed_head: Frozen | None = None
 
     @property
     def output(self) -> Frozen:
         """`head` as a linear layer."""
-        return Dense(self.head, (len(self.head),))
+        return self.packed_head or Dense(self.head, (len(self.head),))
 
 
 def unusable(folder: Path, shape: DecoderShape) -> str | None:
@@ -87,23 +89,40 @@ def load_weights(
     device: torch.device,
     quantization: str = "none",
     *,
-    by_column: bool = False,
+    pack: bool = False,
+    updates: Mapping[str, Update] | None = None,
 ) -> Weights:
     """The weights in `folder`, for which `unusable` gave None; the linear layers but the head quantised as asked for.
 
-    `by_column`: laid out for the products of single rows on a CPU (model/frozen.py).
+    `pack`: in the blocks for products of few rows on a CPU (`frozen.packed`); a tied head is then there twice.
+    `updates`: an adapter, by names of the files, which is folded into the weights as they are read.
 
     ModelError when a file turns out to be damaged.
     """
+    weights = _allocate(shape, dtype, device, quantization)
+    _fill(folder, _places(weights, shape), updates or {}, device)
+    if not pack:
+        return weights
+    # One layer after the other, each forgotten as it was: hardly more than one is there twice.
+    waiting, layers = list(weights.layers)[::-1], []
+    weights = replace(weights, layers=())
+    while waiting:
+        layers.append(_packed_layer(waiting.pop()))
+    # A token is looked up in a row: the table of a tied head is needed both ways.
+    return replace(weights, layers=tuple(layers), packed_head=packed(weights.output) if shape.tied else None)
+
+
+def _fill(folder: Path, places: Mapping[str, Place], updates: Mapping[str, Update], device: torch.device) -> None:
+    """Put every tensor of the files in its place."""
     from safetensors import SafetensorError, safe_open
 
-    weights = _allocate(shape, dtype, device, quantization, by_column)
-    places = _places(weights, shape)
+    assert updates.keys() <= places.keys(), f"nowhere to fold {sorted(updates.keys() - places.keys())}"
 
     def read(path: Path, names: list[str]) -> None:
         with safe_open(path, framework="pt") as file:
             for name in names:
-                places[name].put(file.get_tensor(name))
+                tensor = file.get_tensor(name)
+                places[name].put(updates[name].fold(tensor.to(device)) if name in updates else tensor)
 
     shares = [(path, names) for path in _files(folder) for names in _shares(path, places)]
     try:
@@ -112,9 +131,12 @@ def load_weights(
                 pass
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: its weights cannot be read ({error}); download the model again") from None
-    if by_column and shape.tied:  # a token is looked up in a row: the table is needed both ways
-        return replace(weights, head=weights.embed.t().contiguous().t())
-    return weights
+
+
+def _packed_layer(layer: LayerWeights) -> LayerWeights:
+    return replace(
+        layer, qkv=packed(layer.qkv), o=packed(layer.o), gate_up=packed(layer.gate_up), down=packed(layer.down)
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -151,10 +173,8 @@ def _shares(path: Path, places: Mapping[str, Place]) -> Iterator[list[str]]:
         yield names
 
 
-def _allocate(
-    shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none", by_column: bool = False
-) -> Weights:
-    frozen = allocator(quantization, dtype, device, by_column=by_column)
+def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none") -> Weights:
+    frozen = allocator(quantization, dtype, device)
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -184,7 +204,7 @@ def _allocate(
     embed = empty(shape.vocabulary, hidden)
     head = embed
     if not shape.tied:
-        head = empty(hidden, shape.vocabulary).t() if by_column else empty(shape.vocabulary, hidden)
+        head = empty(shape.vocabulary, hidden)
     return Weights(embed, tuple(layers), empty(hidden), head)
 
 

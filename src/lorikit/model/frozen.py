@@ -3,6 +3,7 @@
     forward          y = x W^T + bias        input_gradient   grad_x = grad W        w[a:b]   rows a to b of W
 
     none   W as it is in the base's type                                 2 bytes a weight in bfloat16
+           (packed: in the order that a CPU wants it)
     fp8    W_oi = s_o w_oi, w in e4m3, one float32 scale a row           1 byte; products in 8 bits (kernels/fp8.py)
     nf4    QLoRA's (arXiv 2305.14314): 4-bit codes of a normal           0.516 bytes; W is dense for one product at a time
            distribution, a scale for 64 of them, itself in 8 bits
@@ -90,6 +91,47 @@ class Dense:
 
     def __getitem__(self, rows: slice) -> Dense:
         return Dense(self.weight[rows], self.rows[_matrices(self.rows, rows)])
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """W on a CPU in the blocks that oneDNN multiplies with: a few rows in the time that reading W takes, where MKL takes
+    several times that. `weight` holds all of the stacked `rows`, of which those in `kept` are wanted (None: all)."""
+
+    weight: Tensor
+    rows: tuple[int, ...]
+    kept: slice | None = None
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (T, I) -> x W^T + bias (T, O), without a graph."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        y = y if self.kept is None else y[:, self.kept]
+        return y if bias is None else y.add_(bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """grad (T, O) -> grad W (T, I)."""
+        return grad @ self.dense()
+
+    def dense(self) -> Tensor:
+        """W, a copy in rows."""
+        whole = self.weight.to_dense()
+        return whole if self.kept is None else whole[self.kept]
+
+    def places(self) -> list[Place]:
+        """None: it is made of a weight that is filled."""
+        return []
+
+    def __getitem__(self, rows: slice) -> Packed:
+        assert self.kept is None, "rows of rows are nowhere asked for"
+        _matrices(self.rows, rows)  # whole matrices
+        return Packed(self.weight, self.rows, rows)
+
+
+def packed(weight: Frozen) -> Frozen:
+    """A dense weight on a CPU in oneDNN's blocks, where this torch has them for its type; else the weight as it is."""
+    if not isinstance(weight, Dense) or not _packs(weight.weight):
+        return weight
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.weight, None), weight.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,16 +233,11 @@ class Nf4:
         return put
 
 
-def allocator(
-    quantization: str, dtype: torch.dtype, device: torch.device, *, by_column: bool = False
-) -> Callable[[Sequence[int], int], Frozen]:
+def allocator(quantization: str, dtype: torch.dtype, device: torch.device) -> Callable[[Sequence[int], int], Frozen]:
     """A function (rows of each stacked matrix, inputs) -> a weight of that size, to be filled through its `places`.
 
     The matrices of one allocator are quantised one at a time, whichever threads bring them: libraries that compile and
     cache on first use are not all made for several. Their reading and copying goes on in parallel.
-
-    `by_column`: dense weights with more outputs than inputs lie in memory column by column. MKL multiplies a single row with
-    such a matrix in half the time, and many rows in the same; a sum over long rows is as fast as it was.
     """
     lock = Lock()
 
@@ -211,8 +248,6 @@ def allocator(
         if quantization == "fp8":
             scales = torch.empty((size[0], 1), dtype=torch.float32, device=device)
             return Fp8(torch.empty(size, dtype=FP8, device=device), scales, matrices, dtype, lock)
-        if by_column and size[0] > inputs:
-            return Dense(torch.empty(size[::-1], dtype=dtype, device=device).t(), matrices)
         return Dense(torch.empty(size, dtype=dtype, device=device), matrices)
 
     return allocate
@@ -265,6 +300,17 @@ def bitsandbytes() -> Any:
 def quiet_bitsandbytes() -> None:
     """Its import, which peft's brings along, warns on some CPUs that a product is slow which is never used there."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _packs(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies with weights of this type and place, and torch lets us ask for it."""
+    ops = torch.ops.mkldnn
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if not hasattr(ops, "_linear_pointwise") or not hasattr(ops, "_reorder_linear_weight"):
+        return False
+    half = weight.dtype == torch.bfloat16 and hasattr(ops, "_is_mkldnn_bf16_supported")
+    return weight.dtype == torch.float32 or (half and bool(ops._is_mkldnn_bf16_supported()))
 
 
 def _matrices(rows: Sequence[int], wanted: slice) -> slice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,17 +51,21 @@ def load_engine(
     new_adapter: LoraSettings | None = None,
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    merge: bool = False,
 ) -> Engine:
     """The engine for a base model: alone, with the PEFT adapter in a folder, or with a new one to train.
 
     With `new_adapter` the adapter can be trained; its `init_adapter` names a folder to go on from. `engine: auto` takes
-    the decoder where that computes the same, else the generic one, whose `choice` says why. Raises ModelError for a
+    the decoder where that computes the same, else the generic one, whose `choice` says why. With `merge` the adapter is
+    folded into the base in memory (model/lora_fold.py), and the engine has none. Raises ModelError for a
     model that cannot be loaded or does not fit its adapter or engine, ConfigError for a device that is not there, and
     OutOfMemoryError when the weights do not fit.
     """
     if new_adapter is not None and new_adapter.init_adapter:
         adapter = Path(new_adapter.init_adapter)
         _check_same_settings(new_adapter, adapter, base)
+    if merge:
+        _check_mergeable(config)
     choice = ""
     device = pick_device(config.device)
     if config.quantization != "none":
@@ -70,8 +75,9 @@ def load_engine(
     if config.engine != "generic":
         from lorikit.model import decoder_load
 
-        plan = decoder_load.plan(config, base, adapter, new_adapter, device)
+        plan = decoder_load.plan(config, base, None if merge else adapter, new_adapter, device)
         if not isinstance(plan, str):
+            plan = replace(plan, merged=adapter) if merge else plan
             return decoder_load.load(
                 plan,
                 pick_dtype(config.dtype, device),
@@ -85,7 +91,33 @@ def load_engine(
         choice = plan
     if config.quantization != "none":
         frozen.check_generic(config.quantization, device, choice or "model.engine is generic")
+    if merge:
+        return _load_merged(config, base, adapter, choice)
     return _load_generic(config, base, adapter, new_adapter, seed, gradient_checkpointing, choice)
+
+
+def _check_mergeable(config: ModelConfig) -> None:
+    """ConfigError for bases that an adapter is not folded into in memory."""
+    reason = None
+    if config.quantization != "none":
+        reason = f"a base in {config.quantization} (model.quantization) has no weights to fold it into"
+    elif config.device_map is not None:
+        reason = f"a base that is spread over devices (model.device_map: {config.device_map}) is not folded into"
+    if reason:
+        raise ConfigError(f"--merge: {reason}; answer without it, or use lorikit merge, which takes the whole base")
+
+
+def _load_merged(config: ModelConfig, base: Resolved, adapter: Path | None, choice: str) -> Engine:
+    """transformers' model with the adapter folded in."""
+    from lorikit.model.frozen import quiet_bitsandbytes
+    from lorikit.model.generic import GenericEngine
+    from lorikit.model.lora_fold import fold_into
+
+    quiet_bitsandbytes()
+    model = load_base(config, base)
+    if adapter is not None:
+        fold_into(model, adapter)
+    return GenericEngine(model.eval(), attention=config.attn_implementation, choice=choice)
 
 
 def _load_generic(

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from lorikit import __version__
 from lorikit.serve.answers import Answering, Job, chunks, engine_error, whole
+from lorikit.serve.docs_page import add_docs
 from lorikit.serve.guard import Guard, extra_headers
 from lorikit.serve.metrics import Metrics
 from lorikit.serve.models import Models, Served
@@ -55,6 +56,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or with stream: true its chunks as server-sent events",
+        "content": {"text/event-stream": {}},
+    }
+}
+
 
 def make_app(
     models: Models, worker: Worker, max_length: int, *, keys: Sequence[str] = (), background: Sequence[Background] = ()
@@ -80,9 +88,12 @@ def make_app(
         description="OpenAI's API for a base model and its LoRA adapters.",
         lifespan=lifespan,
         responses=_ERRORS,
+        docs_url=None,
+        redoc_url=None,
     )
     guard = Guard(app, keys)
     _handle_errors(app, metrics)
+    add_docs(app)
     _add_status(app, models, worker, metrics, guard, max_length)
     _add_completions(app, models, Answering(worker, metrics, max_length))
     return guard
@@ -154,14 +165,14 @@ def _add_completions(app: FastAPI, models: Models, answering: Answering) -> None
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         return _find(models, asked.model)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_STREAMED)
     async def chat(request: Request, asked: ChatRequest) -> Response:
         """The next turn of a conversation."""
         served = check(asked)
         request.state.model = served.name
         return await respond(request, await answering.chat(served, asked), asked)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_STREAMED)
     async def complete(request: Request, asked: CompletionRequest) -> Response:
         """How a text goes on."""
         served = check(asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,9 +79,16 @@ def name_of(run: str) -> tuple[str, str]:
     ), run
 
 
-def open_models(runs: Sequence[str], device: str = "auto") -> Models:
-    """Load the base once and every run's adapter beside it. Raises what `place_runs` and loading raise."""
+def open_models(runs: Sequence[str], device: str = "auto", *, merge: bool = False) -> Models:
+    """Load the base once and every run's adapter beside it. Raises what `place_runs` and loading raise.
+
+    `merge`: the adapter of the only run is folded into the base, which is then no model of its own.
+    """
+    if merge and len(runs) > 1:
+        raise ConfigError(f"--merge takes one run, and there are {len(runs)}: serve them unmerged, side by side")
     placed = place_runs(runs, device)
+    if merge:
+        return _open_merged(runs[0], placed)
     paths = {name_of(run)[0]: name_of(run)[1] for run in runs}
     first = next(iter(placed.values()))
     engine = load_engine(first.config.model, first.base, adapter=first.adapter)
@@ -99,3 +106,11 @@ def open_models(runs: Sequence[str], device: str = "auto") -> Models:
     plain = next(iter(served.values())).encoder
     served[base] = Served(base, None, plain, first.base.name, None)
     return Models(engine, served, longest(first.base.path))
+
+
+def _open_merged(run: str, placed: Mapping[str, Located]) -> Models:
+    [(name, located)] = placed.items()
+    engine = load_engine(located.config.model, located.base, adapter=located.adapter, merge=True)
+    encoder = located.encoder()
+    served = Served(name, None, encoder, name_of(run)[1], located.adapter, (*located.notes, *encoder.notes))
+    return Models(engine, {name: served}, longest(located.base.path))

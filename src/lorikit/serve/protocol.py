@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from lorikit.data.values import Message, answer_message
 from lorikit.model.engine import Sampling
@@ -18,6 +18,7 @@ MAX_CHOICES, MAX_TOP_LOGPROBS, MAX_STOPS = 16, 20, 16
 MAX_TURNS = 1000  # a template is rendered up to each answer of the history, which takes the square of their number
 MAX_NEW_TOKENS = Sampling().max_new_tokens
 _TOP_COMPLETION_LOGPROBS = 5
+_MOST_SEED = 2**63 - 1024  # the largest below 2**63 that a float64 holds, as which the document's limits are read
 _GREEDY_BELOW = 1e-3  # such a temperature takes the likeliest token all the same, and logits divided by it overflow
 
 
@@ -28,7 +29,26 @@ def _unicode(text: str) -> str:
     return text
 
 
+def _number(value: Any) -> Any:
+    """pydantic would take true and "0.5" for numbers, which the document does not."""
+    if isinstance(value, bool | str):
+        raise ValueError("a number is wanted")
+    return value
+
+
+def _flag(value: Any) -> Any:
+    """0 is equal to false, and is none in JSON."""
+    if not isinstance(value, bool):
+        raise ValueError("true or false is wanted")
+    return value
+
+
+_NUMBER = BeforeValidator(_number)  # behind its Field, so that the document has the limits
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Off = Annotated[Literal[False], BeforeValidator(_flag)]
+Zero = Annotated[Literal[0], _NUMBER]
 Text = Annotated[str, AfterValidator(_unicode)]
+Prompt = Annotated[Text, Field(min_length=1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
@@ -90,8 +110,8 @@ class ChatMessage(_Strict):
 class StreamOptions(_Strict):
     """`include_usage` adds a last chunk with the token counts."""
 
-    include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_usage: Flag = False
+    include_obfuscation: Off | None = None
 
 
 class ResponseFormat(_Strict):
@@ -100,23 +120,34 @@ class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
+def _needs(name: str, off: list[Any], other: str) -> dict[str, Any]:
+    """JSON schema: a property that is not `off` needs another one to be true."""
+    unused = {"anyOf": [{"properties": {name: {"enum": off}}}, {"not": {"required": [name]}}]}
+    return {"anyOf": [unused, {"properties": {other: {"const": True}}, "required": [other]}]}
+
+
+_STREAM_RULE = _needs("stream_options", [None], "stream")
+
+
 class _Sampled(_Strict):
     """What both kinds of completion have."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_RULE]})
+
     model: Text
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1, description="0 and -1 are off")
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, ge=0.1, le=10)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    temperature: Annotated[float, Field(ge=0, le=2), _NUMBER] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1), _NUMBER] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1, description="0 and -1 are off"), _NUMBER] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1), _NUMBER] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10), _NUMBER] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=_MOST_SEED), _NUMBER] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _NUMBER] | None = None
     stop: Stop | list[Stop] | None = None
-    stream: bool | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), _NUMBER] | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = None
 
@@ -147,17 +178,21 @@ class _Sampled(_Strict):
 class ChatRequest(_Sampled):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_TURNS)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [_STREAM_RULE, _needs("top_logprobs", [0, None], "logprobs")]}
+    )
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_TURNS, description="the last turn is the user's")
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), _NUMBER] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), _NUMBER] | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -176,11 +211,11 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """POST /v1/completions: the prompt goes on, without a chat template; text is never a control token."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
-    logprobs: int | None = Field(default=None, ge=0, le=_TOP_COMPLETION_LOGPROBS)
-    echo: Literal[False] | None = None
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_CHOICES)]
+    logprobs: Annotated[int, Field(ge=0, le=_TOP_COMPLETION_LOGPROBS), _NUMBER] | None = None
+    echo: Off | None = None
     suffix: Literal[""] | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[Literal[1], _NUMBER] | None = None
 
     def longest(self) -> int:
         """The most tokens that the client wants; 16 is OpenAI's default here."""
@@ -196,10 +231,10 @@ class TutorialRequest(_Strict):
 
     prompt: Text = Field(min_length=1)
     history: list[tuple[Text, Text] | ChatMessage] | None = Field(default=None, max_length=MAX_TURNS // 2 - 1)
-    max_length: int | None = Field(default=None, ge=1, le=2**31 - 1, description="longest answer in tokens")
-    max_new_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_length: Annotated[int, Field(ge=1, le=2**31 - 1, description="longest answer in tokens"), _NUMBER] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**31 - 1), _NUMBER] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), _NUMBER] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1), _NUMBER] | None = None
 
     def chat(self, model: str) -> ChatRequest:
         """The same as a chat request."""

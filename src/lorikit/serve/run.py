@@ -40,6 +40,7 @@ class Options:
     max_waiting: int = 256
     drain: float = 30.0
     watch: bool = False
+    merge: bool = False
     device: str = "auto"
 
 
@@ -47,7 +48,7 @@ def serve(runs: Sequence[str], options: Options, keys: Sequence[str], say: Calla
     """Serve until a signal. ConfigError for an address that is taken or open without a key; whatever loading raises."""
     check_options(options, keys)
     with open_socket(options.host, options.port) as listening:
-        models = open_models(runs, options.device)
+        models = open_models(runs, options.device, merge=options.merge)
         for served in models.served.values():
             for note in served.notes:
                 say(f"{served.name}: {note}")
@@ -79,6 +80,8 @@ def check_options(options: Options, keys: Sequence[str]) -> None:
     wrong += [f"--port is {options.port}: at most 65535"] if options.port > 65535 else []
     for name, count in (("slots", options.slots), ("max-length", options.max_length)):
         wrong += [f"--{name} is {count}: 1 or more"] if count is not None and count < 1 else []
+    if options.watch and options.merge:
+        wrong.append("--watch and --merge: an adapter that is merged cannot be replaced")
     if not keys and not is_loopback(options.host):
         wrong.append(
             f"--host {options.host} can be reached from outside: give --api-key-file FILE, or set {KEY_VARIABLE}"
