@@ -269,6 +269,7 @@ class DecoderEngine:
             sin=sin,
             position_ids=packed.position_ids,
             attend=attend_within,
+            longest=packed.sequences.longest_k,
             last=packed.last,
             p=p,
             seed=seed,

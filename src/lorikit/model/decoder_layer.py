@@ -32,6 +32,7 @@ from lorikit.model.kernels.lora_b import add_lora_b, lora_b_backward
 from lorikit.model.kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_backward
 from lorikit.model.kernels.rope import rope, rope_backward
 from lorikit.model.kernels.swiglu import swiglu, swiglu_backward
+from lorikit.model.packed_attention import in_order
 
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 
@@ -64,13 +65,14 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of one forward share. `attend` is called as attend(layer, q, k, v); `last` is of the last layer;
-    `keep` has a level for each layer, and `host` is where inputs go at the lowest."""
+    """What all layers of one forward share. `attend` is called as attend(layer, q, k, v), `longest` is its longest sequence;
+    `last` is of the last layer; `keep` has a level for each layer, and `host` is where inputs go at the lowest."""
 
     cos: Tensor
     sin: Tensor
     position_ids: Tensor
     attend: Attend
+    longest: int = 0
     last: Rows | None = None
     p: float = 0.0
     seed: int | Tensor = 0
@@ -241,7 +243,9 @@ def _attention_backward(
     if rows is not None and rows.labelled is not None:
         # A bucket's spare rows name a label's own row again, with a gradient of zero: they are added, not copied.
         grad_a = grad_a.new_zeros(len(kept.q), grad_a.shape[1]).index_add_(0, rows.labelled, grad_a)
-    grad_q, grad_k, grad_v = torch.autograd.grad(kept.attended, (kept.q, kept.k, kept.v), grad_a.view_as(kept.attended))
+    with in_order(kept.q, step.longest):
+        grads_qkv = torch.autograd.grad(kept.attended, (kept.q, kept.k, kept.v), grad_a.view_as(kept.attended))
+    grad_q, grad_k, grad_v = grads_qkv
     grad_qkv = [grad_q.contiguous(), grad_k.contiguous(), grad_v]
     _turn(rope_backward, grad_qkv[0], grad_qkv[1], step, rows)
     if w.q_norm is not None and w.k_norm is not None and kept.raw_q is not None and kept.raw_k is not None:

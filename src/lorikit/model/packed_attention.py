@@ -8,7 +8,7 @@ scaled_dot_product_attention a sequence; no (T, T) mask is ever built.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,9 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lorikit.model import flash_attention_4
 
 NAME = "lorikit_packed"
-# Up to so many tokens a sequence the gradients are summed in a fixed order. Few longer ones would take up to five times the
-# memory for it: a sum of each query's gradient for every group of multiprocessors.
-_IN_ORDER = 1024
+_IN_ORDER = 1024  # tokens
 
 
 @cache
@@ -137,48 +135,23 @@ def _varlen(
     grouped: dict[str, Any] = {"enable_gqa": True} if _takes_enable_gqa() and q.shape[1] != k.shape[1] else {}
     at = sequences
     longest = (at.longest_q, at.longest_k)
-
-    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = varlen_attn(q, k, v, at.cu_q, at.cu_k, *longest, scale=scale, window_size=window, **grouped)
-        assert isinstance(out, Tensor)
-        return out
-
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if not differentiable or at.longest_k > _IN_ORDER:
-        return compute(q, k, v)
-    out = _InOrder.apply(q, k, v, compute)  # type: ignore[no-untyped-call]
+    out = varlen_attn(q, k, v, at.cu_q, at.cu_k, *longest, scale=scale, window_size=window, **grouped)
     assert isinstance(out, Tensor)
     return out
 
 
-class _InOrder(torch.autograd.Function):
-    """Attention whose gradients are summed in the same order every time: the same run leaves the same bytes.
-
-    FlashAttention adds the parts of a query's gradient as they come, unless torch's deterministic mode is on when its
-    backward starts. The mode is on for that backward only: elsewhere it would fill fresh memory and refuse operations.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, compute: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """compute(q, k, v), its graph kept."""
-        with torch.enable_grad():
-            ctx.leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            ctx.out = compute(*ctx.leaves)
-        out: Tensor = ctx.out.detach()
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of q, k and v."""
-        with _deterministic():
-            return (*torch.autograd.grad(ctx.out, ctx.leaves, grad), None)
-
-
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def in_order(q: Tensor, longest: int) -> Iterator[None]:
+    """Inside it the backward of `attend` for these q sums in the same order every time, where the longest sequence is of at
+    most 1,024 tokens: the same step leaves the same bytes.
+
+    torch's FlashAttention adds the parts of a query's gradient as they come, unless torch's deterministic mode is on, which
+    elsewhere would fill fresh memory and refuse operations. Its order takes the memory of up to five gradients of q, too much
+    for long sequences.
+    """
+    if longest > _IN_ORDER or not is_varlen(q, q.shape[-1]):
+        yield
+        return
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch._C._get_deterministic_fill_uninitialized_memory()
     torch._C._set_deterministic_algorithms(True, warn_only=False)  # only warned, FlashAttention goes on as before
