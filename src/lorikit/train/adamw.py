@@ -86,9 +86,10 @@ class FlatAdamW:
         if not self._done:
             return {}
         state = {}
+        moments = {moment: buffer.to("cpu") for moment, buffer in self._moments.items()}  # in one copy each
         for name, p in zip(self._engine.parameter_names(), self._engine.parameters(), strict=True):
-            for moment, buffer in self._moments.items():
-                state[f"{moment}.{name}"] = self._part(buffer, p).to("cpu", copy=True).contiguous()
+            for moment, buffer in moments.items():
+                state[f"{moment}.{name}"] = self._part(buffer, p).clone()
             state[f"step.{name}"] = torch.tensor(float(self._done))
         return state
 

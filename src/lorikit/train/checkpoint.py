@@ -62,12 +62,12 @@ def save(run: Path, optimizer: AdamW, state: State, save_adapter: Callable[[Path
 
     Raises DiskError; what was saved before is then still there.
     """
-    from safetensors.torch import save as to_bytes
+    from safetensors.torch import save_file
 
     folder = folder_of(run, state.step)
     with new_folder(folder) as staged:
         save_adapter(staged)
-        (staged / OPTIMIZER).write_bytes(to_bytes(optimizer.state()))
+        save_file(optimizer.state(), staged / OPTIMIZER)
         (staged / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         manifest = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in staged.iterdir()}
         (staged / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
