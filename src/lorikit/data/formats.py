@@ -129,8 +129,18 @@ def find_layout(columns: Iterable[str], config: DataConfig) -> Layout:
     expected = ", or ".join(" and ".join(config.columns.get(own, own) for own in _REQUIRED[form]) for form in formats)
     raise NoColumnsError(
         f"no recognised columns: found {shown}; expected {expected}; "
-        "name yours with data.columns, such as {instruction: question, output: answer}"
+        f"name yours with data.columns, such as {_suggestion(present, formats)}"
     )
+
+
+def _suggestion(present: set[str], formats: Iterable[str]) -> str:
+    """A mapping that would do where the columns are known ones in other letters, else one to see how it is written."""
+    plain = {name.strip().casefold(): name for name in sorted(present)}
+    for form in formats:
+        names = {own: [plain[n] for n in (own, *_FORMATS[form][own]) if n in plain] for own in _REQUIRED[form]}
+        if all(names.values()):
+            return "{" + ", ".join(f"{own}: {found[0]}" for own, found in names.items()) + "}"
+    return "{instruction: question, output: answer}"
 
 
 def _name_in(present: set[str], form: str, own: str, synonyms: bool, config: DataConfig) -> str | None:

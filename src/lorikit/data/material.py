@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorikit.data.lines import undecodable
-from lorikit.data.probe import is_binary, mark_of
+from lorikit.data.probe import check_regular, is_binary, mark_of
 from lorikit.errors import DataError
 
 MaterialKind = Literal["script", "chat", "table", "faq"]
@@ -85,6 +85,7 @@ def read_text(path: Path) -> list[str]:
     Raises DataError for a file that is missing, empty, not text or in another encoding, and says where.
     """
     try:
+        check_regular(path)
         data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
