@@ -139,8 +139,12 @@ def _suggestion(present: set[str], formats: Iterable[str]) -> str:
     for form in formats:
         names = {own: [plain[n] for n in (own, *_FORMATS[form][own]) if n in plain] for own in _REQUIRED[form]}
         if all(names.values()):
-            return "{" + ", ".join(f"{own}: {found[0]}" for own, found in names.items()) + "}"
+            return "{" + ", ".join(f"{own}: {_as_yaml(found[0])}" for own, found in names.items()) + "}"
     return "{instruction: question, output: answer}"
+
+
+def _as_yaml(name: str) -> str:
+    return name if name.isidentifier() else json.dumps(name, ensure_ascii=False)
 
 
 def _name_in(present: set[str], form: str, own: str, synonyms: bool, config: DataConfig) -> str | None:
