@@ -57,7 +57,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        result = measure(work, arguments.threads)
+        result = {"command": " ".join(["python benchmarks/verdicts.py", *sys.argv[1:]])} | measure(
+            work, arguments.threads
+        )
     arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     wrong = [name for name, run in result["runs"].items() if not run["as_expected"]]
     if wrong:
@@ -77,7 +79,6 @@ def measure(work: Path, threads: int) -> dict[str, Any]:
             last = max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
             runs["epochs, last step"] = compared("epochs, last step", last, threads) | {"adapter": last.name}
     return {
-        "command": "python benchmarks/verdicts.py" + (f" --threads {threads}" if threads != 1 else ""),
         "machine": {
             "cpu": cpu(),
             "threads": threads,
