@@ -5,7 +5,8 @@
 The rows are English and Chinese dialogue of some 60 words from a made-up vocabulary; of 100 rows, 3 are copies, 3 differ from
 another in one word, 4 give another answer to a prompt that was there, 5 come from a template, and a few hold a key, an
 address or a bad character. One process does what the verb does with --json, from the first import to the document; its
-memory is the largest resident set. `tokens` is the time inside the encoder, `findings` all of the audit but that. The
+memory is the largest resident set. `tokens` is the time spent waiting for the encoder, which
+tokenises ahead on another thread, `findings` all of the audit but that; processor seconds are those of all threads. The
 prompt groups, a part of the findings, are timed once more by themselves at the end.
 
 Prints the result, writes benchmarks/results/audit.json, and fails when the planted copies are not found.
@@ -91,12 +92,16 @@ def stages(file: Path, model: str) -> dict[str, Any]:
     class Timed(Encoder):
         clock, processor = 0.0, 0.0
 
-        def encode(self, conversation):
-            clock, processor = time.perf_counter(), time.process_time()
-            examples = super().encode(conversation)
-            self.clock += time.perf_counter() - clock
-            self.processor += time.process_time() - processor
-            return examples
+        def encode_all(self, conversations):
+            encoded = super().encode_all(conversations)
+            while True:
+                clock, processor = time.perf_counter(), time.process_time()
+                examples = next(encoded, None)
+                self.clock += time.perf_counter() - clock
+                self.processor += time.process_time() - processor
+                if examples is None:
+                    return
+                yield examples
 
     config = load_config(model={"name_or_path": model}, data={"train": str(file)}, train={"output_dir": "none"})
     base = resolve_model(model)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lorikit.config import DataConfig, load_config
 from lorikit.data.build import build, read_materials, run_yaml, speakers
 from lorikit.data.faq import read_faq
+from lorikit.data.fix import rows_as_file
 from lorikit.data.read import read_rows
 from lorikit.data.records import Reading, parse_time, read_records
 from lorikit.data.scripts import name_and_text, read_script, without_directions
@@ -266,6 +267,32 @@ def test_broken_records_are_counted_with_their_reasons(tmp_path):
 
 
 # FAQs
+
+
+def test_what_no_file_can_hold_is_counted_and_missing_numbers_are_no_answers(tmp_path):
+    file = tmp_path / "table.jsonl"
+    file.write_text(
+        '{"question": "a", "answer": "b\\ud83d"}\n{"question": "a", "answer": ["x", {"text": "y\\u0000"}]}\n{}\n'
+        '{"question": "a", "answer": NaN}\n{"question": Infinity, "answer": "b"}\n{"question": "a", "answer": 1.50}\n'
+    )
+    result = built(file)
+    assert pairs(result) == [("a", "1.5")]
+    (material,) = read_materials([file], Reading({}))
+    assert material.counts() == {"cannot be read": 3, "no answer": 1, "no question": 1, "answer": 1}
+    assert "half a character" in material.reasons[1] and "NUL" in material.reasons[2]
+    rows_as_file(result.rows, tmp_path / "rows.json").decode()
+    with pytest.raises(DataError, match="named columns"):
+        built(_written(tmp_path / "empty.json", "{}"))
+
+
+def test_byte_order_marks_between_joined_texts_belong_to_no_name(tmp_path):
+    file = _written(tmp_path / "play.txt", "\ufeffANN: Who is there?\n\ufeffBOB: Nobody.\n")
+    assert pairs(built(file, "BOB")) == [("Who is there?", "Nobody.")]
+
+
+def _written(file, text):
+    file.write_text(text, encoding="utf-8")
+    return file
 
 
 def test_the_faq_gives_headings_and_bold_lines_with_their_text():

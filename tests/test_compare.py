@@ -10,7 +10,7 @@ import yaml
 from lorikit.cli_report import compare_after_training
 from lorikit.config import dump_config, load_config
 from lorikit.data.values import Conversation, Message
-from lorikit.report.compare import compare, is_compared
+from lorikit.report.compare import compare, curve_of, is_compared
 from lorikit.report.losses import mean_and_error, spaced
 from lorikit.report.panel import chance, outcome, panel
 from lorikit.report.texts import chrf, near_copies, side
@@ -75,7 +75,8 @@ CASES = {
     "better on its rows only": ({"held_out": losses(3.0, 2.95)}, ("overfitted",)),
     "little of it carries over": ({"held_out": losses(3.0, 2.7)}, ("overfitted",)),
     "it was better earlier": ({"curve": LATE}, ("overfitted",)),
-    "saved when it was best": ({"curve": replace(LATE, saved=1.5, saved_step=10)}, ("learned",)),
+    "saved when it was best": ({"curve": replace(LATE, saved=1.5, saved_step=10)}, ("learned", "overfitted later")),
+    "hardly worse afterwards": ({"curve": replace(LATE, saved=1.5, saved_step=10, last=1.6)}, ("learned",)),
     "questions make no difference": ({"fit": Fit(20, 0.0, 0.1, 0.1, 0.1)}, ("not learned",)),
     "too few rows to tell": ({"fit": Fit(4, 0.0, 0.1, 0.1, 0.1)}, ("learned",)),
     "nothing moved": ({"held_out": losses(3.0, 2.99), "trained": losses(3.0, 2.98)}, ("not learned",)),
@@ -102,6 +103,19 @@ def test_the_verdict_names_what_happened_with_its_reasons(case):
         }
     elif words != ("unproven",):
         assert "bad" in {reason.tone for reason in verdict.reasons}
+
+
+def test_a_checkpoint_is_held_against_the_held_out_losses_of_its_run(tmp_path):
+    lines = [{"step": step, "epoch": step / 10, "eval_loss": loss} for step, loss in ((10, 2.0), (20, 1.5), (30, 2.5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").touch()
+    for name in ("adapter", "checkpoint-10", "checkpoint-15", "checkpoint-30"):
+        (tmp_path / name).mkdir()
+    steps = {name: curve_of(tmp_path / name, True) for name in ("", "adapter", "checkpoint-10", "checkpoint-30")}
+    assert [(curve.saved_step, curve.saved) for curve in steps.values()] == [(20, 1.5), (20, 1.5), (10, 2.0), (30, 2.5)]
+    assert {curve.lowest for curve in steps.values()} == {1.5}
+    assert curve_of(tmp_path / "checkpoint-15", True) is None
+    assert judge(replace(GOOD, curve=steps["checkpoint-30"])).words == ("overfitted",)
 
 
 def test_steps_in_vain_are_told_with_the_epochs_that_would_do():

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorikit.config import DataConfig
+from lorikit.data.build import read_materials
 from lorikit.data.read import Rows, data_files, read_rows, rejects_jsonl
+from lorikit.data.records import Reading
 from lorikit.data.values import Message, Reject
 from lorikit.errors import DataError
 
@@ -34,11 +36,15 @@ def read(path: Path, content: str | bytes | None = None, **settings_: object) ->
 
 
 def lines(rows: Rows) -> list[int]:
-    return [int(conversation.source.rsplit(":", 1)[1]) for conversation in rows.conversations]
+    return [_line(conversation.source) for conversation in rows.conversations]
 
 
 def rejects(rows: Rows) -> list[tuple[int, str]]:
-    return [(int(reject.source.rsplit(":", 1)[1]), reject.reason) for reject in rows.rejects]
+    return [(_line(reject.source), reject.reason) for reject in rows.rejects]
+
+
+def _line(source: str) -> int:
+    return int(source.rsplit(":", 1)[1].partition(" ")[0])
 
 
 def failure(path: Path, content: str | bytes | None = None, **settings_: object) -> str:
@@ -96,7 +102,7 @@ def test_files_are_read_whatever_their_suffix_and_encoding(tmp_path, name, conte
     rows = read(tmp_path / name, content)
     assert lines(rows) == where
     assert rows.rejects == []
-    assert rows.conversations[0].source == f"{name}:{where[0]}"
+    assert rows.conversations[0].source.partition(" ")[0] == f"{name}:{where[0]}"
 
 
 def test_a_row_around_a_list_is_not_taken_for_an_object_around_rows(tmp_path):
@@ -180,6 +186,45 @@ def test_what_cannot_be_read_at_the_end_is_one_reject(tmp_path, content, line, e
     assert rows.conversations
     assert [found for found, _ in rejects(rows)] == [line]
     assert expected in rows.rejects[0].reason
+
+
+def test_rows_that_share_a_line_have_a_name_each(tmp_path):
+    rows = read(tmp_path / "a.json", f'[{GOOD}, {GOOD}, 7,\n{GOOD},\n\n{GOOD}, {{"instruction": "a"}}]')
+    assert [row.source for row in rows.conversations] == [
+        "a.json:1 row 1",
+        "a.json:1 row 2",
+        "a.json:2",
+        "a.json:4 row 1",
+    ]
+    assert [reject.source for reject in rows.rejects] == ["a.json:1 row 3", "a.json:4 row 2"]
+    assert lines(read(tmp_path / "a.jsonl", f"{GOOD}\n{GOOD}\n")) == [1, 2]
+
+
+def test_comments_between_rows_are_passed_over_and_elsewhere_named(tmp_path):
+    rows = read(tmp_path / "a.json", f"// rows\n[ /* the\n first */ {GOOD}, // {'{'}\n{GOOD}\n] // end\n")
+    assert lines(rows) == [3, 4] and not rows.rejects
+    rows = read(tmp_path / "b.json", f'[\n{{"instruction": // why\n"a", "output": "b"}},\n{GOOD}, /* open\n]')
+    assert lines(rows) == [4]
+    assert "a comment stands here, which JSON does not have (line 2, column 17)" in rows.rejects[0].reason
+
+
+def test_joined_files_lone_returns_and_names_in_capitals_are_called_what_they_are(tmp_path):
+    rows = read(tmp_path / "a.jsonl", f"\ufeff{GOOD}\n\ufeff{GOOD}\n")
+    assert lines(rows) == [1] and "a byte order mark stands here" in rejects(rows)[0][1]
+    assert "CR alone" in rejects(read(tmp_path / "b.jsonl", f"{GOOD}\r{GOOD}\r"))[0][1]
+    capitals = failure(tmp_path / "c.jsonl", '{"Question": "a", "Answer ": "b"}')
+    assert 'such as {instruction: Question, output: "Answer "}' in capitals
+    assert lines(read(tmp_path / "d.csv", "instruction|output\na, b|c\n")) == [2]
+
+
+def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert "a pipe" in failure(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="a pipe"):
+        read_materials([tmp_path / "a.jsonl"], Reading({}))
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="a pipe"):
+        read_materials([tmp_path / "a.txt"], Reading({}))
 
 
 def test_a_row_of_30_mib_is_refused_and_the_rows_after_it_are_read(tmp_path):

@@ -296,3 +296,26 @@ def test_clean_data_has_one_line_of_findings_and_dirty_data_says_what_to_do(tmp_
     assert text.index("error: keys or passwords") < text.index("warning: rows whose prompt") < text.index("note: dupl")
     assert "rows.jsonl:11: zero-width character U+200B" in text and "→ lorikit check --fix OUT writes" in text
     assert "AKIA… (20 characters)" in text
+
+
+def test_a_row_of_a_file_in_one_line_is_shown_by_its_number(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([alpaca(f"question {n}?", f"answer {n}") for n in range(5)] + [alpaca("again", "")]))
+    config = RunConfig.model_validate(
+        {
+            "model": {"name_or_path": "m"},
+            "data": {"train": str(file), "on_bad_row": "skip"},
+            "train": {"output_dir": "o"},
+        }
+    )
+    encoder = Encoder(tokenizers()["llama3"], config.data)
+
+    def shown_of(row):
+        return check([file], config, encoder, row=row).samples[0]
+
+    third = shown_of("rows.json:1 row 3")
+    assert third.source == "rows.json:1 row 3" and "answer 2" in "".join(span.text for span in third.spans)
+    assert shown_of("1 row 3") == third
+    assert shown_of("rows.json:1").source == "rows.json:1 row 1"
+    assert "empty" in shown_of("1 row 6").fate
+    assert check([file], config, encoder).report.dropped["unreadable"][0].source == "rows.json:1 row 6"

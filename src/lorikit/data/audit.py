@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorikit.config import DataConfig, EvalConfig, RunConfig
 from lorikit.data.account import KINDS, DataFile, DataReport, Kind, SameAs, count_tokens, measure, num_labelled
+from lorikit.data.examples import PackedExamples
 from lorikit.data.findings import Kept, find
 from lorikit.data.read import Rows, data_files, read_rows
 from lorikit.data.split import group_keys, prompt_key, split
@@ -38,8 +39,8 @@ _SHOWN = 5
 class Prepared:
     """What is trained and what is held out, in the order of the files, and the account of every row."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     report: DataReport
 
 
@@ -103,8 +104,8 @@ def audit(
         trained, held_out = sides[0].kept, sides[1].kept
     else:
         trained, held_out = _split(kept, keys, evaluation.eval_size, refusals, notes)
-    train_examples = [example for row in trained for example in row.examples]
-    held_out_examples = [example for row in held_out for example in row.examples]
+    train_examples = PackedExamples.joined(row.examples for row in trained)
+    held_out_examples = PackedExamples.joined(row.examples for row in held_out)
     report = DataReport(
         files=data.files,
         num_rows=done.total,
@@ -148,7 +149,7 @@ def fingerprint(*parts: Iterable[Example]) -> str:
 @dataclass(frozen=True, slots=True)
 class _Row:
     conversation: Conversation
-    examples: list[Example]
+    examples: PackedExamples
 
     @property
     def source(self) -> str:
@@ -189,6 +190,10 @@ def _encode(rows: Rows, config: DataConfig, encoder: Encoder, done: _Progress) -
     side.dropped["unreadable"].extend(rows.rejects)
     done.add(len(rows.rejects))
     first: dict[tuple[Message, ...], str | tuple[Kind, str]] = {}
+    each_once: dict[tuple[Message, ...], Conversation] = {}
+    for conversation in rows.conversations:
+        each_once.setdefault(conversation.messages, conversation)
+    encoded = encoder.encode_all(each_once.values())
     for conversation in rows.conversations:
         done.add(1)
         fate = first.get(conversation.messages)
@@ -196,7 +201,7 @@ def _encode(rows: Rows, config: DataConfig, encoder: Encoder, done: _Progress) -
             side.duplicates.append(SameAs(conversation.source, fate))
             continue
         if fate is None:
-            fate = first[conversation.messages] = _judge(conversation, config, encoder, side)
+            fate = first[conversation.messages] = _judge(conversation, next(encoded), config, side)
         if isinstance(fate, tuple):
             kind, reason = fate
             row = {"messages": [asdict(message) for message in conversation.messages]}
@@ -204,12 +209,12 @@ def _encode(rows: Rows, config: DataConfig, encoder: Encoder, done: _Progress) -
     return side
 
 
-def _judge(conversation: Conversation, config: DataConfig, encoder: Encoder, side: _Side) -> str | tuple[Kind, str]:
+def _judge(
+    conversation: Conversation, examples: list[Example] | DataError, config: DataConfig, side: _Side
+) -> str | tuple[Kind, str]:
     """The row's source after it was kept in `side`, or why it is dropped."""
-    try:
-        examples = encoder.encode(conversation)
-    except DataError as error:
-        return "refused", str(error)
+    if isinstance(examples, DataError):
+        return "refused", str(examples)
     if not any(num_labelled(example.labels) for example in examples):
         return "refused", "nothing in it is labelled: there is no answer to learn"
     length, limit = max(len(example.input_ids) for example in examples), config.max_length
@@ -222,7 +227,7 @@ def _judge(conversation: Conversation, config: DataConfig, encoder: Encoder, sid
         if not examples:
             return "cut_off", f"{length} tokens, and none of the first {limit} is learnt"
         side.truncated.append(Reject(conversation.source, f"{length} tokens, cut to {limit}"))
-    side.kept.append(_Row(conversation, examples))
+    side.kept.append(_Row(conversation, PackedExamples(examples)))
     return conversation.source
 
 

@@ -62,11 +62,16 @@ def _decode(text: str, at: int) -> tuple[Any, int, RowError | json.JSONDecodeErr
 
 
 def _broken(error: RowError | json.JSONDecodeError, line: int, column: int) -> RowError:
-    """`line` and `column` (from 1) are where the decoded value starts in the file."""
+    """`line` and `column` (from 1) are where the decoded value starts in the file; the error has its text."""
     if isinstance(error, RowError):
         return error
     column = error.colno + column - 1 if error.lineno == 1 else error.colno
     message = error.msg.removesuffix(" at").removesuffix(" starting")
+    found = error.doc[error.pos : error.pos + 2]
+    if found.startswith("\ufeff"):
+        message = "a byte order mark stands here, as between files that were joined: remove it"
+    elif found in ("//", "/*") or found.startswith("#"):
+        message = "a comment stands here, which JSON does not have"
     return RowError(f"broken JSON: {message} (line {line + error.lineno - 1}, column {column})")
 
 
@@ -83,7 +88,8 @@ def json_lines(stream: TextIOWrapper, offset: int) -> Iterator[RawRow]:
                 yield RawRow(line.number, text, _broken(error, line.number, column))
             elif end < len(text):
                 where = f"(line {line.number}, column {column + end})"
-                yield RawRow(line.number, text, RowError(f"broken JSON: text after the end of the row {where}"))
+                ends = ": do its lines end in CR alone? Save them with LF" if text[end] == "\r" else ""
+                yield RawRow(line.number, text, RowError(f"broken JSON: text after the end of the row {where}{ends}"))
             else:
                 yield RawRow(line.number, value)
 
@@ -93,7 +99,10 @@ _WRAPPER = re.compile(
     rf'\s*\{{\s*(?P<before>(?:"[^"\\]*"\s*:\s*{_PLAIN}\s*,\s*)*)"(?P<key>[^"\\]*)"\s*:\s*\[\s*(?=\{{)'
 )
 _WRAPPER_END = re.compile(rf'\s*(?:,\s*"[^"\\]*"\s*:\s*{_PLAIN}\s*)*\}}\s*')
-_BETWEEN = re.compile(r"[ \t\r\n,]*")
+_COMMENT = r"//[^\n]*|/\*(?s:.*?)\*/"
+# Commas are not counted, and comments, which JSON does not have but people write, say nothing about rows.
+_BETWEEN = re.compile(rf"(?:[ \t\r\n,]+|{_COMMENT})*")
+_AFTER = re.compile(rf"(?:\s+|{_COMMENT})*")
 _OPENING = re.compile(r'\{\s*"[^"\\]*"')
 
 
@@ -156,10 +165,11 @@ def _enter(text: str, cursor: _Cursor, wanted: Collection[str]) -> tuple[bool, r
     if wrapper and not {wrapper["key"], *re.findall(r'"([^"]*)"\s*:', wrapper["before"])} & set(wanted):
         cursor.move(wrapper.end())
         return True, _WRAPPER_END
-    start = len(text) - len(text.lstrip(" \t\r\n"))
+    before = _AFTER.match(text)
+    start = before.end() if before else 0
     array = text.startswith("[", start)
     cursor.move(start + array)
-    return array, re.compile(r"\s*")
+    return array, _AFTER
 
 
 def _next_row(text: str, cursor: _Cursor) -> int:

@@ -14,14 +14,16 @@ becomes an Example of its own, in the form in which it is generated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from lorikit.config import DataConfig
+from lorikit.data.border import Encoded, Rendered
 from lorikit.data.tokens import SafeTokenizer
 from lorikit.data.values import IGNORE, Conversation, Example, Message
 from lorikit.errors import ConfigError, DataError
@@ -35,7 +37,18 @@ TUTORIAL_TEMPLATE = (
     "{% if message.role == 'assistant' %}<|end_of_text|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+_ROWS, _CHARS = 256, 2**19  # rows tokenised at a time: some 10 MiB
 _PROBE = (Message("system", "s"), Message("user", "u"), Message("assistant", "a"), Message("user", "v"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sheet:
+    """A text to encode, cut where the answers of `turns` begin. `ends`: which of them are labelled, up to which character."""
+
+    rendered: Rendered
+    turns: list[int]
+    ends: dict[int, int]
+    source: str
 
 
 class Encoder:
@@ -70,6 +83,45 @@ class Encoder:
 
         Raises DataError (the reason, without the source) when the row cannot be trained as it says.
         """
+        sheets = self._sheets(conversation)
+        return self._examples(sheets, self._safe.encode_all([sheet.rendered for sheet in sheets]))
+
+    def encode_all(self, conversations: Iterable[Conversation]) -> Iterator[list[Example] | DataError]:
+        """`encode` of each, in order, or why it cannot be trained; on all processors, a batch ahead of what is asked for."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting: tuple[list[list[_Sheet] | DataError], Future[list[Encoded]]] | None = None
+            for batch in _batches(conversations):
+                every = [self._sheets_or_reason(conversation) for conversation in batch]
+                texts = [sheet.rendered for sheets in every if not isinstance(sheets, DataError) for sheet in sheets]
+                # The next batch is tokenised, outside of Python's lock, while this one is looked at.
+                following = every, pool.submit(self._safe.encode_all, texts)
+                if waiting:
+                    yield from self._settled(*waiting)
+                waiting = following
+            if waiting:
+                yield from self._settled(*waiting)
+
+    def _settled(
+        self, every: list[list[_Sheet] | DataError], encoded: Future[list[Encoded]]
+    ) -> Iterator[list[Example] | DataError]:
+        rest = iter(encoded.result())
+        for sheets in every:
+            if isinstance(sheets, DataError):
+                yield sheets
+                continue
+            try:
+                yield self._examples(sheets, [next(rest) for _ in sheets])
+            except DataError as error:
+                yield error
+
+    def _sheets_or_reason(self, conversation: Conversation) -> list[_Sheet] | DataError:
+        try:
+            return self._sheets(conversation)
+        except DataError as error:
+            return error
+
+    def _sheets(self, conversation: Conversation) -> list[_Sheet]:
+        """The texts of a row: one, or one a turn where the template renders history in another way. Raises as `encode`."""
         messages = self._fitted(conversation.messages)
         standins: dict[str, str] = {}
         shown = self._protected(messages, standins)
@@ -89,10 +141,13 @@ class Encoder:
             groups = [(full, turns)]
         else:
             groups = [(text, [i]) for i, text in texts.items()]
-        return [
-            self._example(text, openings, {i: texts[i] for i in labelled}, standins, conversation.source)
-            for text, labelled in groups
-        ]
+        sheets = []
+        for text, labelled in groups:
+            cuts = _cuts(text, openings)
+            rendered = Rendered(text, standins, list(cuts.values()))
+            ends = {i: len(texts[i]) for i in labelled}
+            sheets.append(_Sheet(rendered, list(cuts), ends, conversation.source))
+        return sheets
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids that generation starts from: the conversation so far and the opening of the assistant's turn.
@@ -139,21 +194,21 @@ class Encoder:
         """For each assistant turn the text from which it would be generated."""
         return {i: self._render(shown[:i], generate=True) for i, m in enumerate(shown) if m["role"] == "assistant"}
 
-    def _example(
-        self, rendered: str, openings: dict[int, str], texts: dict[int, str], standins: dict[str, str], source: str
-    ) -> Example:
-        """One text with the turns in `texts` labelled; `texts` holds what stands up to each turn's end."""
-        cuts = _cuts(rendered, openings)
-        encoded = self._safe.encode(rendered, standins, list(cuts.values()))
-        starts = dict(zip(cuts, encoded.counts, strict=True))
+    def _examples(self, sheets: Sequence[_Sheet], encoded: Sequence[Encoded]) -> list[Example]:
+        return [self._example(sheet, one) for sheet, one in zip(sheets, encoded, strict=True)]
+
+    def _example(self, sheet: _Sheet, encoded: Encoded) -> Example:
+        """One text with its turns labelled. Raises as `encode`."""
+        starts = dict(zip(sheet.turns, zip(sheet.rendered.cuts, encoded.counts, strict=True), strict=True))
         ids = encoded.ids
         labels = [IGNORE] * len(ids)
-        for turn, text in texts.items():
-            start = starts[turn]
-            last = max((i for i, end in encoded.controls if i >= start and end <= len(text)), default=None)
+        for turn, text_end in sheet.ends.items():
+            opening, start = starts[turn]
+            last = max((i for i, end in encoded.controls if i >= start and end <= text_end), default=None)
             if last is None or ids[last] not in self.stop_ids:
+                answer = sheet.rendered.text[opening:text_end]
                 raise DataError(
-                    f"the answer {text[len(openings[turn]) :][:40]!r} does not end with a stop token, so the model would never "
+                    f"the answer {answer[:40]!r} does not end with a stop token, so the model would never "
                     "learn to stop; use the tokenizer of an instruct model or a data.template that ends answers"
                 )
             labels[start : last + 1] = ids[start : last + 1]
@@ -161,7 +216,7 @@ class Encoder:
             raise DataError(
                 f"BOS {self._name(self._bos)} stands {ids.count(self._bos)} times instead of once, at the start"
             )
-        return Example(ids, labels, source)
+        return Example(ids, labels, sheet.source)
 
     def _fitted(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Messages as this template can show them: the setting's system prompt, system and reasoning where it has no place."""
@@ -271,6 +326,20 @@ class Encoder:
 
     def _name(self, token_id: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """Up to _ROWS in order, and about _CHARS together."""
+    batch: list[Conversation] = []
+    num_chars = 0
+    for conversation in conversations:
+        batch.append(conversation)
+        num_chars += sum(len(turn.content) for turn in conversation.messages)
+        if len(batch) == _ROWS or num_chars >= _CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
 
 
 def _cuts(rendered: str, openings: dict[int, str]) -> dict[int, int]:

@@ -24,7 +24,7 @@ from lorikit.data.formats import converter, known_columns
 from lorikit.data.lines import RowError
 from lorikit.data.privacy import secrets
 from lorikit.data.read import named_files
-from lorikit.data.rows import raw_rows
+from lorikit.data.rows import named_rows
 from lorikit.errors import ConfigError
 
 WRITTEN = (".json", ".jsonl", ".csv", ".tsv")
@@ -74,9 +74,7 @@ def fix(paths: Sequence[Path], config: DataConfig, report: DataReport) -> Fixed:
     rows: list[Any] = []
     changes: list[Change] = []
     first: dict[str, str] = {}
-    for source, raw in (
-        (f"{name}:{raw.line}", raw) for file, name in named_files(paths) for raw in raw_rows(file, wanted)
-    ):
+    for source, raw in (named for file, name in named_files(paths) for named in named_rows(file, name, wanted)):
         try:
             if raw.problem:
                 raise raw.problem

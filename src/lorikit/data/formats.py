@@ -129,8 +129,22 @@ def find_layout(columns: Iterable[str], config: DataConfig) -> Layout:
     expected = ", or ".join(" and ".join(config.columns.get(own, own) for own in _REQUIRED[form]) for form in formats)
     raise NoColumnsError(
         f"no recognised columns: found {shown}; expected {expected}; "
-        "name yours with data.columns, such as {instruction: question, output: answer}"
+        f"name yours with data.columns, such as {_suggestion(present, formats)}"
     )
+
+
+def _suggestion(present: set[str], formats: Iterable[str]) -> str:
+    """A mapping that would do where the columns are known ones in other letters, else one to see how it is written."""
+    plain = {name.strip().casefold(): name for name in sorted(present)}
+    for form in formats:
+        names = {own: [plain[n] for n in (own, *_FORMATS[form][own]) if n in plain] for own in _REQUIRED[form]}
+        if all(names.values()):
+            return "{" + ", ".join(f"{own}: {_as_yaml(found[0])}" for own, found in names.items()) + "}"
+    return "{instruction: question, output: answer}"
+
+
+def _as_yaml(name: str) -> str:
+    return name if name.isidentifier() else json.dumps(name, ensure_ascii=False)
 
 
 def _name_in(present: set[str], form: str, own: str, synonyms: bool, config: DataConfig) -> str | None:
@@ -155,7 +169,7 @@ def _candidates(config: DataConfig) -> list[str]:
 
 
 def _alpaca(fields: Mapping[str, _Field], config: DataConfig) -> list[Message]:
-    instruction, extra = _text(*fields["instruction"]), _optional_text(*fields["input"])
+    instruction, extra = checked_text(*fields["instruction"]), _optional_text(*fields["input"])
     separator = config.input_separator
     if separator is None:
         separator = "" if config.template == "tutorial" else "\n"
@@ -211,7 +225,7 @@ def _turn(turn: Any, where: str) -> Message:
     if role == "assistant":
         return _assistant(where, content, name, turn.get("reasoning_content"))
     if role == "system":  # an empty one is a choice: some chat templates put their own where there is none
-        return Message(role, _text(where, content), name)
+        return Message(role, checked_text(where, content), name)
     return Message(role, _filled(where, content), name)
 
 
@@ -223,13 +237,13 @@ def _part(where: str, part: Any) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
         raise RowError(f"{where}: only parts of type 'text' can be learned, this one is {str(kind)[:40]!r}")
-    return _text(f"{where}, text part", part.get("text"))
+    return checked_text(f"{where}, text part", part.get("text"))
 
 
 def _assistant(where: str, content: Any, name: str | None = None, reasoning: Any = None) -> Message:
     """An answer. What it says between <think> and </think> at its very beginning is its reasoning."""
-    text = _text(where, content)
-    thought = None if reasoning is None else _text(f"{where}, reasoning_content", reasoning)
+    text = checked_text(where, content)
+    thought = None if reasoning is None else checked_text(f"{where}, reasoning_content", reasoning)
     found = answer_message(text)
     if found.reasoning is not None and thought is not None:
         raise RowError(f"{where}: the reasoning stands twice, in reasoning_content and in <think>")
@@ -266,17 +280,17 @@ def _list(where: str, value: Any) -> list[Any]:
 
 
 def _optional_text(where: str, value: Any) -> str:
-    return "" if value is None else _text(where, value)
+    return "" if value is None else checked_text(where, value)
 
 
 def _filled(where: str, value: Any) -> str:
-    text = _text(where, value)
+    text = checked_text(where, value)
     if not text.strip():
         raise RowError(f"{where} is empty")
     return text
 
 
-def _text(where: str, value: Any) -> str:
+def checked_text(where: str, value: Any) -> str:
     """The text itself; nothing is converted, because what is not text here is a mistake somewhere."""
     if not isinstance(value, str):
         raise RowError(f"{where} is {_kind(value)} where text belongs")

@@ -6,6 +6,7 @@ A `Material` is one file. Every line of a text, every record of a table, has exa
 from __future__ import annotations
 
 import codecs
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from lorikit.data.lines import undecodable
-from lorikit.data.probe import is_binary, mark_of
+from lorikit.data.probe import check_regular, is_binary, mark_of
 from lorikit.errors import DataError
 
 MaterialKind = Literal["script", "chat", "table", "faq"]
+_MARKS = re.compile("^\ufeff+", re.MULTILINE)
 Fate = Literal[
     "answer",
     "question",
@@ -85,6 +87,7 @@ def read_text(path: Path) -> list[str]:
     Raises DataError for a file that is missing, empty, not text or in another encoding, and says where.
     """
     try:
+        check_regular(path)
         data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
@@ -107,5 +110,6 @@ def read_text(path: Path) -> list[str]:
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise DataError(f"{path}:{line}: holds a NUL character: remove it")
+    text = _MARKS.sub("", text)  # files that were joined
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines[:-1] if not lines[-1] else lines

@@ -37,6 +37,7 @@ _PLACEHOLDER = re.compile(r"(?i)example|x{4}|\*{3}|your[_-]|placeholder|dummy|([
 
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+", re.ASCII)
 _NOBODY = re.compile(r"(?i)@(?:[\w-]+\.)*(?:example\.(?:com|org|net|edu)|[\w-]+\.(?:example|invalid|test|localhost))$")
+_DIGIT = re.compile(r"\d")  # all that follow have one: most texts need no other look
 _DIGITS = re.compile(r"(?<![\w.])\+?\(?\d[\d ().-]{5,24}\d(?![\w]|\.\d)", re.ASCII)
 _PHONE = re.compile(
     r"\+[1-9]\d{0,2}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,5}\d{2,4}"  # international
@@ -77,6 +78,8 @@ def _real(kind: str, value: str) -> bool:
 def _personal(text: str) -> Iterator[tuple[str, str]]:
     if "@" in text:
         yield from (("e-mail address", m[0]) for m in _EMAIL.finditer(text) if not _NOBODY.search(m[0]))
+    if not _DIGIT.search(text):
+        return
     for match in _CHINESE_ID.finditer(text):
         if _identity(match[0]):
             yield "Chinese identity number", match[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,6 +47,7 @@ def suffix_of(path: Path) -> str:
 
 def probe(path: Path) -> Probe:
     """Content decides, the suffix only where content leaves it open. Raises DataError for what holds no rows, OSError."""
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"PAR1"):
@@ -67,8 +69,14 @@ def probe(path: Path) -> Probe:
         what = "not a Parquet file" if suffix == ".parquet" else f"the suffix {suffix!r} is not known"
         raise DataError(f"{path}: {what} and the content is not JSON; {_ALLOWED} ({', '.join(SUFFIXES)})")
     header = text.splitlines()[0]
-    delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=header.count)
+    delimiter = "\t" if suffix == ".tsv" else max(",;\t|", key=header.count)
     return Probe("csv", encoding, len(mark), gzipped, delimiter)
+
+
+def check_regular(path: Path) -> None:
+    """DataError for a pipe, a socket or a device: it can be read once at most, and may wait for ever. OSError as `stat`."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(f"{path}: not a file but a pipe, a device or a folder; save what it gives as a file first")
 
 
 def mark_of(head: bytes) -> tuple[bytes, str]:

@@ -13,7 +13,7 @@ from lorikit.config import DataConfig
 from lorikit.data.formats import NoColumnsError, converter, known_columns
 from lorikit.data.lines import RowError, UndecodableError
 from lorikit.data.probe import SUFFIXES, suffix_of
-from lorikit.data.rows import raw_rows
+from lorikit.data.rows import named_rows
 from lorikit.data.values import Conversation, Reject
 from lorikit.errors import DataError
 
@@ -43,8 +43,7 @@ def read_rows(paths: Sequence[Path], config: DataConfig) -> Rows:
     for file, name in files:
         rows_before = len(conversations), len(rejects)
         errors: list[RowError] = []
-        for raw in raw_rows(file, wanted):
-            source = f"{name}:{raw.line}"
+        for source, raw in named_rows(file, name, wanted):
             try:
                 if raw.problem:
                     raise raw.problem

@@ -8,14 +8,16 @@ names of the columns are recognised in several languages, or given. Values may b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from lorikit.data.lines import RawRow
+from lorikit.data.formats import checked_text
+from lorikit.data.lines import RawRow, RowError
 from lorikit.data.material import Material, MaterialKind, Pair, Said
 from lorikit.data.rows import raw_rows
 from lorikit.data.scripts import same_name
@@ -64,9 +66,9 @@ def read_records(path: Path, name: str, reading: Reading) -> Material:
     kind, columns = _columns(path, list(names), reading.columns)
     material = Material(name, kind, "record")
     for number, row in enumerate(raw, 1):
-        if row.problem or not isinstance(row.value, Mapping):
+        if reason := _reason(row, columns.values()):
             material.fates[number] = "cannot be read"
-            material.reasons[number] = str(row.problem or "not an object with named columns")
+            material.reasons[number] = reason
     good = [(number, row.value) for number, row in enumerate(raw, 1) if number not in material.fates]
     if not good:
         reason = next(iter(material.reasons.values()), "there are no records in it")
@@ -76,6 +78,26 @@ def read_records(path: Path, name: str, reading: Reading) -> Material:
     else:
         _table(material, good, columns)
     return material
+
+
+def _reason(row: RawRow, columns: Iterable[str]) -> str | None:
+    """Why a record cannot be used, if so: also for bytes, half characters and NULs in its columns, which no file can hold."""
+    if row.problem or not row.value or not isinstance(row.value, Mapping):
+        return str(row.problem or "not an object with named columns")
+    try:
+        for column in columns:
+            _check(column, row.value.get(column))
+    except RowError as error:
+        return str(error)
+    return None
+
+
+def _check(column: str, value: Any) -> None:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for one in inside:
+        _check(column, one)
+    if isinstance(value, str | bytes):
+        checked_text(column, value)
 
 
 def _unwrapped(raw: list[RawRow]) -> list[RawRow]:
@@ -179,8 +201,8 @@ def as_text(value: Any) -> str:
         return "".join(map(as_text, value))
     if isinstance(value, datetime):
         return value.isoformat(" ")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
+    if isinstance(value, float):  # NaN is how tables write that there is nothing
+        return str(int(value)) if value.is_integer() else str(value) if isfinite(value) else ""
     return "" if value is None else str(value)
 
 

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 
 from lorikit.data.documents import document_rows, json_lines
@@ -43,6 +44,19 @@ def raw_rows(path: Path, wanted: Collection[str]) -> Iterator[RawRow]:
         raise DataError(f"{path}: damaged {error.encoding} text ({error.reason}); save it as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def named_rows(path: Path, name: str, wanted: Collection[str]) -> Iterator[tuple[str, RawRow]]:
+    """`raw_rows`, each with what it is called: "rows.jsonl:17" by its line, or "rows.json:1 row 17" where it shares that
+    line with others. Raises as `raw_rows`."""
+    waiting: RawRow | None = None
+    place = 1  # of the waiting row among those of its line
+    for row in chain(raw_rows(path, wanted), [None]):
+        if waiting:
+            shared = row is not None and row.line == waiting.line
+            yield f"{name}:{waiting.line}" + (f" row {place}" if shared or place > 1 else ""), waiting
+            place = place + 1 if shared else 1
+        waiting = row
 
 
 @contextmanager

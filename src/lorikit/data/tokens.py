@@ -9,38 +9,29 @@ that knows no control tokens at all (`encode`).
     data      'say <|eot_id|>'  ->  'say \\U000F0000'                  protect
     template  '<|start|>user\\n say \\U000F0000<|eot_id|>'             rendered
     ids       [start] + plain('user\\n say <|eot_id|>') + [eot]        encode
+
+Text without such a character, which is nearly all, is encoded in one go and many at a time by `border`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from lorikit.data.border import ANCHOR, Border, Encoded, Rendered, pattern
 from lorikit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# First private-use code point that stands for a control token of the data, and the one that holds a place before text:
-# a tokenizer with a word marker treats the start of the input differently from what follows a control token.
+# Private-use code points that stand for control tokens of the data.
 _FIRST_STANDIN = 0xF0000
 _LAST_STANDIN = 0xFFFFD
-_ANCHOR = "\U0010fffd"
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids, the number of ids before each cut, and for each control token its index and where its text ends."""
-
-    ids: list[int]
-    counts: list[int]
-    controls: list[tuple[int, int]]
 
 
 class SafeTokenizer:
@@ -67,14 +58,17 @@ class SafeTokenizer:
         # What a tokenizer gives for a character it does not know is no control token, though its name may be typed too.
         self.control_ids = frozenset(i for i in added if i not in kept_ids) - {self._unknown}
         self._plain = _without_control_tokens(spec, kept)
-        self._control = _pattern([t.content for i, t in added.items() if i not in kept_ids])
+        self._control = pattern([t.content for i, t in added.items() if i not in kept_ids])
         # Tokens matched after normalisation (lower case, full width) cannot be found by looking at the raw text.
         normalized = [t for i, t in added.items() if i in self.control_ids and t.normalized]
         self._look_deeper = bool(normalized) and self._full.normalizer is not None
         self.silent_ids = frozenset(i for i in self.control_ids if added[i].special)
-        self._spelled: dict[str, bool] = {}
+        self._border = None if self._look_deeper else Border.of(spec, {i: added[i] for i in self.control_ids})
+        self._spelled: set[str] = set()
+        self._lost: set[str] = set()
         self._cache: dict[str, list[int]] = {}
-        self._ints: dict[int, int] = {}
+        largest = max([*added, *vocabulary.values()])
+        self._ints = list(range(largest + 1))
 
     def protect(self, text: str, standins: dict[str, str], avoid: str) -> str:
         """`text` with each control token in it replaced by a character that is not in `avoid`; fills `standins`.
@@ -83,7 +77,7 @@ class SafeTokenizer:
         """
         if not text:
             return text
-        if _ANCHOR in text:
+        if ANCHOR in text:
             raise DataError("holds the character U+10FFFD, which has no meaning in any text; remove it")
 
         def replace(found: str) -> str:
@@ -112,12 +106,16 @@ class SafeTokenizer:
 
     def lost(self, text: str) -> str:
         """The characters of `text` that the tokenizer cannot spell: they would be gone, or unknown, in its tokens."""
-        for char in set(text) - self._spelled.keys():
+        chars = set(text)
+        if chars <= self._spelled:
+            return ""
+        for char in chars - self._spelled - self._lost:
             ids = self._plain.encode(char, add_special_tokens=False).ids
             shown = self._plain.decode(ids, skip_special_tokens=False)
             readable = bool(shown.strip()) and "\ufffd" not in shown
-            self._spelled[char] = not char.strip() or char == "\ufffd" or (readable and self._unknown not in ids)
-        return "".join(char for char in dict.fromkeys(text) if not self._spelled[char])
+            spelled = not char.strip() or char == "\ufffd" or (readable and self._unknown not in ids)
+            (self._spelled if spelled else self._lost).add(char)
+        return "".join(char for char in dict.fromkeys(text) if char in self._lost)
 
     def encode(self, rendered: str, standins: dict[str, str], cuts: Sequence[int] = ()) -> Encoded:
         """Token ids of a rendered template, and how many of them lie before each cut (a character position in it).
@@ -125,6 +123,19 @@ class SafeTokenizer:
         No token spans a cut: what stands before it is encoded as if nothing followed, which is what generation sees.
         Without stand-ins and cuts the ids are those of the tokenizer itself.
         """
+        return self.encode_all([Rendered(rendered, standins, cuts)])[0]
+
+    def encode_all(self, texts: Sequence[Rendered]) -> list[Encoded]:
+        """`encode` of each; of more than one text, on all processors."""
+        quick = [text for text in texts if self._border and self._border.fits(text)]
+        found = iter(self._border.encode(quick) if self._border else [])
+        taken = {id(text): encoded for text, encoded in zip(quick, found, strict=True) if encoded}
+        every = (taken.get(id(text)) or self._encode_by_runs(text.text, text.standins, text.cuts) for text in texts)
+        # One object for equal ids of all rows: a fresh one each takes more memory than the list that holds it.
+        return [replace(one, ids=[self._ints[i] for i in one.ids]) for one in every]
+
+    def _encode_by_runs(self, rendered: str, standins: dict[str, str], cuts: Sequence[int]) -> Encoded:
+        """`encode` for every text and tokenizer: whatever holds a stand-in or a cut is encoded again, run by run."""
         encoding = self._full.encode(rendered, add_special_tokens=False)
         ids: list[int] = []
         counts: dict[int, int] = {}
@@ -159,9 +170,6 @@ class SafeTokenizer:
             else:
                 run_ids.append(token_id)
         close_run(len(rendered))
-        # One object for equal ids of all rows: a fresh one each takes more memory than the list that holds it. The copy
-        # has no room left for growing.
-        ids = [self._ints.setdefault(i, i) for i in ids][:]
         return Encoded(ids, [counts[cut] for cut in cuts], controls)
 
     def _encode_plain(self, text: str, *, first: bool) -> list[int]:
@@ -169,13 +177,13 @@ class SafeTokenizer:
         key = f"{int(first)}{text}"
         if key in self._cache:
             return self._cache[key]
-        encoding = self._plain.encode(text if first else _ANCHOR + text, add_special_tokens=False)
+        encoding = self._plain.encode(text if first else ANCHOR + text, add_special_tokens=False)
         ids = encoding.ids if first else encoding.ids[1:]
         if not self.control_ids.isdisjoint(ids):
             # A vocabulary that holds the control token as an ordinary piece: no piece can span the middle of its text.
             at = next(k for k, i in enumerate(encoding.ids) if i in self.control_ids)
             start, end = encoding.offsets[at]
-            middle = start + max(1, (end - start) // 2) - (0 if first else len(_ANCHOR))
+            middle = start + max(1, (end - start) // 2) - (0 if first else len(ANCHOR))
             ids = self._encode_plain(text[:middle], first=first) + self._encode_plain(text[middle:], first=False)
         if len(self._cache) < 512 and len(text) < 64:  # the few texts that every row repeats: "assistant\n"
             self._cache[key] = ids
@@ -190,13 +198,7 @@ def _is_text(token: dict[str, Any], vocabulary: dict[str, int]) -> bool:
 def _without_control_tokens(spec: dict[str, Any], kept: list[dict[str, Any]]) -> Tokenizer:
     anchor = {
         "id": max([t["id"] for t in spec["added_tokens"]] or [0]) + 1,
-        "content": _ANCHOR, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
+        "content": ANCHOR, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
     }  # fmt: skip
     plain = {**spec, "added_tokens": [*kept, anchor], "truncation": None, "padding": None, "post_processor": None}
     return Tokenizer.from_str(json.dumps(plain))
-
-
-def _pattern(contents: list[str]) -> re.Pattern[str] | None:
-    """Any of these texts, the longest first as the tokenizer matches them."""
-    contents = sorted((c for c in contents if c), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, contents))) if contents else None

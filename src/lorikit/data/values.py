@@ -40,7 +40,7 @@ class Conversation:
     """One row of the data: an optional system turn, then user and assistant turns by turns, the assistant last.
 
     `source` names the row for every later complaint: "persona.json:17", where the number is the line the row starts on
-    in JSON, JSONL and CSV files and the row index from 1 in Parquet files.
+    in JSON, JSONL and CSV files and the row index from 1 in Parquet files. Rows that share a line are "persona.json:1 row 2".
     """
 
     messages: tuple[Message, ...]

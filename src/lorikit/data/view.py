@@ -184,22 +184,25 @@ def _text(encoder: Encoder, ids: list[int], start: int, end: int) -> str:
 
 
 def _find(data: DataSet, where: str) -> str:
-    """The source of the row that begins at this file:line or has this line in it."""
+    """The source of the row that begins at this file:line or has this line in it, or that is named whole."""
+    whole = next((source for source in _sources(data) if where in (source, source.rpartition(":")[2])), None)
+    if whole:
+        return whole
     file, _, line = where.rpartition(":")
     if not line.isdecimal() or (not file and len(data.files) > 1):
         raise ConfigError(f"row {where!r}: give file:line, as in {next(_sources(data))}")
     starts = []
-    for source in _sources(data):
+    for number, source in enumerate(_sources(data)):
         name, _, start = source.rpartition(":")
         if not file or name == file or file.endswith(f"/{name}") or name.endswith(f"/{file}"):
-            starts.append((int(start), source))
+            starts.append((int(start.partition(" ")[0]), -number, source))
     if not starts:
         names = sorted({source.rpartition(":")[0] for source in _sources(data)})
         raise ConfigError(f"row {where!r}: the rows are from {', '.join(names)}")
     before = [found for found in starts if found[0] <= int(line)]
     if not before:
-        raise ConfigError(f"row {where!r}: the first row is {min(starts)[1]}")
-    return max(before)[1]
+        raise ConfigError(f"row {where!r}: the first row is {min(starts)[2]}")
+    return max(before)[2]
 
 
 def _sources(data: DataSet) -> Iterator[str]:

@@ -30,8 +30,9 @@ from lorikit.report.curves import read_curve
 from lorikit.report.losses import both, fit, row_losses, spaced, summed, within
 from lorikit.report.panel import outcome, panel
 from lorikit.report.texts import near_copies, side
-from lorikit.report.values import Asked, Comparison, Panelled, RowLoss, Said, Verdict
+from lorikit.report.values import Asked, Comparison, Curve, Panelled, RowLoss, Said, Verdict
 from lorikit.report.verdict import judge
+from lorikit.train.checkpoint import step_of
 from lorikit.train.optim import Budget
 from lorikit.train.run_folder import ADAPTER_FOLDER, CONFIG
 from lorikit.train.storage import write_file
@@ -145,7 +146,7 @@ def _measure(
         panel=panelled,
         near_copies=near_copies(answers, trained_rows),
         worst=sorted(sides[1], key=lambda row: -row.tuned / row.tokens)[:_WORST],
-        curve=read_curve(run, session.config.eval.load_best_model_at_end),
+        curve=curve_of(run, session.config.eval.load_best_model_at_end),
         max_new_tokens=longest,
         rows_sha256=_digest(rows) if rows else None,
         tokens_sha256=fingerprint(looked_at) if looked_at else None,
@@ -255,6 +256,12 @@ def _longest_answer(session: Session, rows: Sequence[Conversation], most: int) -
 def _run_folder(path: Path) -> Path | None:
     """The run that a path is, or is a part of."""
     return next((folder for folder in (path, path.resolve().parent) if (folder / CONFIG).is_file()), None)
+
+
+def curve_of(path: Path, saves_best: bool) -> Curve | None:
+    """The held-out loss of the run that this is, or is a checkpoint of."""
+    run = _run_folder(path)
+    return read_curve(run, saves_best, None if path == run else step_of(path.resolve())) if run else None
 
 
 def _adapter_sha256(run: Path) -> str | None:

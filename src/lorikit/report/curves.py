@@ -35,13 +35,21 @@ def read_points(run: Path) -> dict[str, Points]:
     }
 
 
-def read_curve(run: Path, saves_best: bool) -> Curve | None:
-    """The held-out loss over the run; None where it was never taken. `saves_best`: adapter/ is the one with the lowest."""
+def read_curve(run: Path, saves_best: bool, step: int | None = None) -> Curve | None:
+    """The held-out loss over the run; None where it was never taken, or not at `step`, which a checkpoint is of.
+
+    `saves_best`: adapter/ is the one with the lowest.
+    """
     lines = [line for line in read_lines(run) if isinstance(line.get("eval_loss"), int | float)]
     if not lines:
         return None
     lowest, last = min(lines, key=lambda line: line["eval_loss"]), lines[-1]
     saved = lowest if saves_best else last
+    if step is not None:
+        at = [line for line in lines if line["step"] == step]
+        if not at:
+            return None
+        saved = at[-1]
     return Curve(
         lowest=lowest["eval_loss"],
         lowest_step=lowest["step"],

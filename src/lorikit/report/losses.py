@@ -43,6 +43,7 @@ def within(examples: Sequence[Example], max_rows: int, max_tokens: int) -> list[
 def loss_sums(engine: Engine, examples: Sequence[Example], budget: Budget, check: Callable[[], None]) -> Sums:
     """For each example the cross entropy summed over its targets, with the adapter as it is now, dropout off."""
     sums: dict[int, float] = {}
+    examples = list(examples)  # packed ones are made anew each time that they are asked for
 
     def forward(share: list[Example]) -> None:
         check()

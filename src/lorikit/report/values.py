@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lorikit.report.panel import Outcome
 
-Word = Literal["learned", "overfitted", "not learned", "forgets", "unproven"]
+Word = Literal["learned", "overfitted", "overfitted later", "not learned", "forgets", "unproven"]
 Tone = Literal["good", "bad", "plain"]
 
 

@@ -2,6 +2,7 @@
 
 learned      better than the base on rows it has not seen, and answers follow from their questions
 overfitted   better on its training rows, and on others not, by little of it, or worse than it was earlier in the run
+overfitted later   beside "learned": training went on until others got worse, but the adapter from before is the one saved
 not learned  better on neither; or answers are no likelier after their own question than after another's
 forgets      loses answers of the panel, more than chance would have it
 unproven     better on its training rows; nobody held rows out that could say more
@@ -17,6 +18,9 @@ LEAST_CARRIED = 1 / 3
 carry over, so that it is far below 1 in healthy runs."""
 MOST_RISEN = 0.05
 """Share by which the held-out loss of the saved adapter may lie over the lowest of the run."""
+MOST_RISEN_LATER = 0.1
+"""The same for the last held-out loss of a run whose best adapter was saved: nothing is lost but time, so that only a rise
+that is no noise gets a word."""
 LEAST_LOST = 0.15
 """Share of the base's right answers that must be lost to call it forgetting, beside being more than chance."""
 FEW_ROWS = 8
@@ -25,6 +29,7 @@ FEW_ROWS = 8
 _SENTENCES: dict[Word, str] = {
     "learned": "On rows it has not seen, the tuned model does better than its base.",
     "overfitted": "The tuned model knows its training rows by heart, and does less well on rows it has not seen.",
+    "overfitted later": "Training went on past that and learned its rows by heart; the adapter saved is the one from before.",
     "not learned": "The tuned model does not answer new questions better than its base for having been trained.",
     "forgets": "Training took away what the base knew.",
     "unproven": "The tuned model does better on its training rows; whether on others too, nobody can say.",
@@ -43,6 +48,8 @@ def judge(found: Comparison) -> Verdict:
     first = _first_word(found)
     harmed = found.trained is not None and not found.trained.is_better
     words: tuple[Word, ...] = (first,) if first else ()
+    if first == "learned" and found.curve and _risen(found.curve.last, found.curve.lowest) > MOST_RISEN_LATER:
+        words = ("learned", "overfitted later")
     if forgets:
         words = ("forgets", *words) if harmed else (*words, "forgets")
     words = words or ("unproven",)
@@ -144,7 +151,10 @@ def _curve_reasons(curve: Curve | None) -> list[Reason]:
     risen = _risen(curve.saved, curve.lowest)
     text = f"the held-out loss was lowest, {curve.lowest:.3f}, after step {curve.lowest_step} of {curve.num_steps}"
     if curve.saved_step == curve.lowest_step:
-        return [Reason(f"{text}: that adapter is the one saved", "good")]
+        after = _risen(curve.last, curve.lowest)
+        rose = f"; by step {curve.last_step} it rose to {curve.last:.3f}, {100 * after:.0f} % more"
+        later = after > MOST_RISEN_LATER
+        return [Reason(f"{text}: that adapter is the one saved{rose if later else ''}", "bad" if later else "good")]
     text += f"; saved is step {curve.saved_step} with {curve.saved:.3f}, {100 * risen:.0f} % more"
     return [Reason(text, "bad" if risen > MOST_RISEN else "plain")]
 

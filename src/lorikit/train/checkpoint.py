@@ -57,6 +57,12 @@ def folder_of(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
+def step_of(folder: Path) -> int | None:
+    """After how many steps a folder of this name was written; None where it is no checkpoint's."""
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number != folder.name and number.isdecimal() else None
+
+
 def save(run: Path, optimizer: AdamW, state: State, save_adapter: Callable[[Path], None]) -> Path:
     """Write checkpoint-N, whole or not at all; `save_adapter` fills a folder with PEFT's two files.
 

@@ -209,7 +209,6 @@ def count_steps(config: RunConfig, costs: Costs, train: Sequence[Example], max_t
     the forwards are those of the one with the most tokens in each step."""
     planned = plan_steps(config.train, len(train))
     budget = max_tokens or costs.best_tokens
-    sizes = {id(example): row_of(example) for example in train}
     looked_at = min(_STEPS, planned.num_steps)
     tokens, counts, forwards = [], [], []
     for number in range(looked_at):
@@ -218,7 +217,7 @@ def count_steps(config: RunConfig, costs: Costs, train: Sequence[Example], max_t
         parts = [[examples[k] for k in part] for part in deal(lengths_of(examples), ranks)]
         groups = split_step(max(parts, key=lambda part: sum(lengths_of(part))) if ranks > 1 else examples, budget)
         counts.append(len(groups))
-        forwards += [costs.sizes([sizes[id(example)] for example in group]) for group in groups]
+        forwards += [costs.sizes([row_of(example) for example in group]) for group in groups]
     return Steps(
         count=planned.num_steps,
         an_epoch=planned.steps_per_epoch,
@@ -282,9 +281,8 @@ def _largest(forwards: Sequence[Forward]) -> list[Forward]:
 
 def evaluations_of(costs: Costs, held_out: Sequence[Example], max_tokens: int) -> list[Forward]:
     """The forwards of one evaluation."""
-    sizes = {id(example): row_of(example) for example in held_out}
     return [
-        costs.eval_sizes([sizes[id(example)] for example in group])
+        costs.eval_sizes([row_of(example) for example in group])
         for start in range(0, len(held_out), _EVAL_BLOCK)
         for group in split_step(held_out[start : start + _EVAL_BLOCK], max_tokens)
     ]
