@@ -452,6 +452,6 @@ def test_the_settings_that_are_written_train(tmp_path, lorikit, monkeypatch):
     )
     assert code == 0 and "lorikit train run.yaml" in err
     assert load_config("run.yaml").train.output_dir == "runs/rows"
-    code, _, err = lorikit("train", "run.yaml", "--train.max_steps", 1)
+    code, _, err = lorikit("train", "run.yaml", "--train.max_steps", 1, "--no-compare")
     assert code == 0 and (tmp_path / "runs" / "rows" / "adapter").is_dir(), err
     assert yaml.safe_load(run_yaml(Path("a b.json"), "m"))["train"]["output_dir"] == "runs/a b"

@@ -38,13 +38,13 @@ def run_yaml(model, tmp_path):
 
 
 def test_train_prints_the_run_folder_and_flags_win(lorikit, run_yaml, tmp_path):
-    code, out, err = lorikit("train", run_yaml, "--lora.r", "3", "--train.seed=7")
+    code, out, err = lorikit("train", run_yaml, "--lora.r", "3", "--train.seed=7", "--no-compare")
     assert (code, out.strip()) == (0, str(tmp_path / "out"))
     assert "12 rows read: 10 to train, 2 held out" in err
     assert "step 2/2" in err and "held-out loss" in err and "tokens/s" in err
     written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert (written["lora"]["r"], written["train"]["seed"]) == (3, 7)
-    code, out, err = lorikit("train", run_yaml, "--lora.r", "3", "--train.seed=7", "--json")
+    code, out, err = lorikit("train", run_yaml, "--lora.r", "3", "--train.seed=7", "--no-compare", "--json")
     assert code == 0 and "finished" in err
     assert json.loads(out)["adapter"] == str(tmp_path / "out" / "adapter")
     code, _, err = lorikit("train", run_yaml, "--lora.r", "4", "--train.seed=7")
@@ -106,7 +106,7 @@ def test_train_says_in_short_what_check_finds_and_no_text_can_steer_the_terminal
         {"instruction": "What is \x1b[2J?", "output": "Two."},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    code, _, err = lorikit("train", run_yaml, "--train.max_steps", 1)
+    code, _, err = lorikit("train", run_yaml, "--train.max_steps", 1, "--no-compare")
     assert code == 0 and "\x1b[2J" not in err
     assert (
         "warning: rows whose prompt has several answers (2 in 1 group), first rows.json:1" in err and "\\x1b[2J" in err

@@ -506,6 +506,16 @@ def test_a_folder_that_a_killed_process_only_just_made_can_be_used(tmp_path):
         assert sorted(path.name for path in run.iterdir()) == [".lock"]
 
 
+def test_a_kill_in_a_runs_very_last_write_leaves_nothing_but_what_a_comparison_may_be_staging(tmp_path):
+    with open_run(settings(tmp_path)) as run:
+        (run / "adapter").mkdir()
+        write_config(run, settings(tmp_path))
+    for name in ("environment.json", "compare.json"):
+        (tmp_path / f".staging-{name}").write_text("half")
+    with open_run(settings(tmp_path)) as run:
+        assert [path.name for path in run.glob(".staging*")] == [".staging-compare.json"]
+
+
 def test_two_processes_cannot_work_on_one_run(tmp_path):
     with (
         open_run(settings(tmp_path)),

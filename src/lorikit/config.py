@@ -228,7 +228,8 @@ def load_config(path: str | Path | None = None, flags: Sequence[str] = (), **gro
     origin = str(path) if path is not None else "settings"
     for group, values in groups.items():
         _merge(tree, {group: values})
-    for dotted, value in _parse_flags(flags):
+    given = list(_parse_flags(flags))
+    for dotted, value in given:
         nested: Any = value
         for part in reversed(dotted.split(".")):
             nested = {part: nested}
@@ -236,7 +237,8 @@ def load_config(path: str | Path | None = None, flags: Sequence[str] = (), **gro
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in _explain(error))) from None
+        lines = [f"--{line}" if name in dict(given) else f"{origin}: {line}" for name, line in _explain(error).items()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -329,7 +331,7 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
 
 
 def _parse_flags(tokens: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """["--lora.r", "16"] -> ("lora.r", 16); a flag without a value is true."""
+    """["--lora.r", "16"] -> ("lora.r", 16); a switch without a value is true."""
     names = setting_names()
     rest = list(tokens)
     while rest:
@@ -343,30 +345,30 @@ def _parse_flags(tokens: Sequence[str]) -> Iterator[tuple[str, Any]]:
             raise ConfigError(f"unknown flag --{name}{_nearest(name, list(names), '--')}")
         if not equals:
             takes_value = rest and not re.match(r"--[a-z]", rest[0])
+            if not takes_value and bool not in _kinds(parts):
+                raise ConfigError(f"--{name} needs a value")
             text = rest.pop(0) if takes_value else "true"
-        plain = _takes_text(parts) and not text.startswith(("[", "{")) and text != "null"
+        plain = str in _kinds(parts) and not text.startswith(("[", "{")) and text != "null"
         yield name, text if plain else _parse_yaml(text, f"--{name}")
 
 
-def _takes_text(parts: Sequence[str]) -> bool:
-    """Whether a flag's value is text as it stands, so that "Answer briefly: in one line" is no YAML mapping."""
-    if len(parts) != 2 or parts[1] not in _fields(parts[0]):
-        return len(parts) > 2
-    kinds = [_fields(parts[0])[parts[1]].annotation]
+def _kinds(parts: Sequence[str]) -> list[Any]:
+    """The types that a flag takes: where str is one, "Answer briefly: in one line" is text and no YAML mapping."""
+    kinds: list[Any] = [_fields(parts[0])[parts[1]].annotation] if len(parts) == 2 else [str] * (len(parts) > 2)
     while any(get_args(kind) for kind in kinds if get_origin(kind) is not Literal):
         kinds = [inner for kind in kinds for inner in (get_args(kind) or (kind,)) if get_origin(kind) is not Literal]
-    return str in kinds
+    return kinds
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:  # the right word in the wrong group, or none at all
         close = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]][:1]
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {prefix}{close[0]}?" if close else "; `lorikit config` lists them all"
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
-    """One line for each problem: the dotted name, what it was, what is allowed."""
+def _explain(error: ValidationError) -> dict[str, str]:
+    """One line for each problem, by the dotted name: that, what it was, what is allowed."""
     lines: dict[str, str] = {}
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
@@ -382,8 +384,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
         else:
             shown = repr(item["input"])
             shown = shown if len(shown) <= 80 else shown[:77] + "..."
-            lines.setdefault(name, f"{name} is {shown}: {item['msg'].lower().replace('input should', 'it should')}")
-    yield from lines.values()
+            group = item["type"] == "model_type" and f"it is a group of settings: {', '.join(_fields(name))}"
+            lines.setdefault(name, f"{name} is {shown}: {group or item['msg'].lower().replace('input', 'it', 1)}")
+    return lines
 
 
 def _required(path: Sequence[str]) -> str:

@@ -117,7 +117,7 @@ def recipe(tmp_path_factory):
 
 
 def arguments(recipe, run, *more):
-    return [str(recipe), "--train.output-dir", str(run), *more]
+    return [str(recipe), "--no-compare", "--train.output-dir", str(run), *more]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,24 @@ def test_forty_kills_at_random_times_leave_no_unusable_run_and_change_no_byte(tr
         assert not list(run.glob(".staging*"))
     assert kills >= NUM_KILLS and runs >= 2
     print(f"{kills} kills in {runs} runs, {writing} of them in the middle of a write, 0 unusable")
+
+
+def test_a_kill_in_the_comparison_leaves_a_finished_run_which_the_same_command_compares(
+    trainer, recipe, whole, tmp_path
+):
+    run, log = tmp_path / "run", tmp_path / "log"
+    compared = [str(recipe), "--train.output-dir", str(run)]
+    for share in (0.0, 0.3):
+        pid = trainer.start(compared, log)
+        wait_for(run / "adapter", log)
+        time.sleep(share * whole[1])
+        os.kill(pid, signal.SIGKILL)
+        assert trainer.wait() == -signal.SIGKILL, log.read_text()
+        assert_usable(run)
+        assert adapter_bytes(run) == whole[0]
+    assert trainer.run(compared, log) == 0, log.read_text()
+    assert json.loads((run / "compare.json").read_text())["verdict"] and (run / "report.html").is_file()
+    assert adapter_bytes(run) == whole[0] and steps_logged(run) == list(range(1, 16))
 
 
 def is_done(run):

@@ -38,7 +38,7 @@ _ADVICE: dict[Word, str] = {
     "overfitted": "train for fewer epochs, keep eval.load_best_model_at_end, or bring more rows",
     "not learned": "see the rows with `lorikit check`, those of the worst loss in report.html, and the learning rate",
     "forgets": "take a lower train.learning_rate or fewer epochs, or mix ordinary questions into the rows",
-    "unproven": "hold rows out: eval.eval_size: 0.05, or name a file of your own in eval.data",
+    "unproven": "hold more rows out: eval.eval_size takes a share or a number of rows; or name a file of your own in eval.data",
 }
 
 

@@ -56,6 +56,9 @@ def open_run(config: RunConfig) -> Iterator[Path]:
         check_settings(run, config)
         if not is_finished(run):
             remove_staged(run)
+        else:  # what a kill in the very last write left; a comparison, which takes no lock, may stage files of its own
+            with disk_errors(run):
+                (run / f"{STAGING}{ENVIRONMENT}").unlink(missing_ok=True)
         yield run
 
 
