@@ -145,7 +145,7 @@ def check_lora_a(tokens, width, modules, rank, p, dtype, device="cpu"):
     before = given.double()
     result, _ = lora_a_backward(grad, x, a, p, torch.tensor(seed, device=device), streams, given)
     assert result is given
-    assert_close(given, before + want_x, dtype)
+    assert_close(given, before + want_x, dtype, typical=1.0)
     nothing, again = lora_a_backward(grad, x, a, p, seed, streams, needs_x=False)
     assert nothing is None
     assert torch.equal(again, grad_a), "the same inputs give the same bytes"
@@ -162,7 +162,7 @@ def check_lora_b(tokens, sizes, present, rank, dtype, device="cpu"):
         added = 2.5 * part @ matrix.t()
         want = want + torch.nn.functional.pad(added, (start, sum(sizes) - start - matrix.shape[0]))
     add_lora_b(y, u, b, starts, 2.5)
-    assert_close(y, want.detach(), dtype)
+    assert_close(y, want.detach(), dtype, typical=1.0)  # one value may be the small rest of two large ones
     grad = torch.randn_like(y)
     wanted = torch.autograd.grad(want, leaves, grad.double())
     grad_u, grad_b = lora_b_backward(grad, u, b, starts, 2.5)
@@ -178,8 +178,10 @@ def check_adamw(size, max_norm, steps, device="cpu"):
     optimizer = torch.optim.AdamW([peer], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     param = start.clone()
     exp_avg, exp_avg_sq = torch.zeros_like(param), torch.zeros_like(param)
+    largest = 0.0  # gradient: moments of one value may cancel
     for number in range(steps):
         grad = torch.randn(size, device=device) * 10 ** random.uniform(-3, 1)
+        largest = max(largest, grad.abs().max().item())
         peer.grad = grad.clone()
         rate = 1e-2 / (number + 1)
         optimizer.param_groups[0]["lr"] = rate
@@ -189,8 +191,8 @@ def check_adamw(size, max_norm, steps, device="cpu"):
         norm = adamw_step(param, grad, exp_avg, exp_avg_sq, number + 1, rate, (0.9, 0.999), 1e-8, 0.1, max_norm, count)
         assert norm.item() == pytest.approx(want_norm.item(), rel=1e-5)
         assert torch.equal(grad, kept), "the gradient is the caller's"
-        assert_close(param, peer.detach().double(), torch.float32)
-        assert_close(exp_avg, optimizer.state[peer]["exp_avg"].double(), torch.float32)
+        assert_close(param, peer.detach().double(), torch.float32, typical=1.0)
+        assert_close(exp_avg, optimizer.state[peer]["exp_avg"].double(), torch.float32, typical=largest / 10)
         assert_close(exp_avg_sq, optimizer.state[peer]["exp_avg_sq"].double(), torch.float32)
     for value in (math.nan, math.inf):
         grad[size // 2] = value

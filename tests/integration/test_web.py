@@ -218,7 +218,7 @@ def test_good_rows_are_accounted_for_with_their_lengths_and_their_mask(page, fol
 
 def test_rows_that_training_would_refuse_are_named_with_their_line(page, folder):
     check(page, folder, "empty_answer.json")
-    expect_message(page, "empty_answer.json:1: output is empty")
+    expect_message(page, "empty_answer.json:1 row 4: output is empty")
 
 
 def test_what_rows_say_stays_text(page, folder):
