@@ -190,6 +190,22 @@ def test_a_mistake_is_one_or_two_lines_on_stderr_and_the_documented_code(
     assert "Traceback" not in err
 
 
+INTERRUPTED = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "cyclopts":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("lorikit", run_name="__main__")
+"""
+
+
+def test_an_interrupt_while_the_command_line_is_being_imported_is_no_traceback():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_a_reader_that_closes_the_pipe_is_no_error():
     command = f"{sys.executable} -m lorikit config | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)

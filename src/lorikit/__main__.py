@@ -1,6 +1,17 @@
-"""`python -m lorikit` is the command `lorikit`."""
+"""The command `lorikit`, and `python -m lorikit`: an interrupt while the command line is being imported ends quietly too."""
 
-from lorikit.cli import main
+import sys
+
+
+def run() -> None:
+    """Import the command line and run it; exits with the documented code."""
+    try:
+        from lorikit.cli import main
+
+        main()
+    except KeyboardInterrupt:  # before `main` could take it
+        sys.exit(130)
+
 
 if __name__ == "__main__":
-    main()
+    run()
