@@ -165,7 +165,6 @@ def check(
         others["once more"] = answers(engine, some, len(some), greedy, 2)
         engine.decode_graphs = False
         others["without graphs"] = answers(engine, some, len(some), greedy, 2)
-        others["without graphs once more"] = answers(engine, some, len(some), greedy, 2)
         engine.decode_graphs = True
     for how, other in others.items():
         equal = sum(agreeing(a, b, tolerance) for a, b in zip(graphed, other, strict=True))

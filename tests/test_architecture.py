@@ -36,7 +36,6 @@ LAYERS = [
         "lorikit.data.faq",
         "lorikit.data.findings",
         "lorikit.data.fix",
-        "lorikit.data.fix",
         "lorikit.data.formats",
         "lorikit.data.lines",
         "lorikit.data.material",

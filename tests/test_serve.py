@@ -235,6 +235,8 @@ def test_what_cannot_be_answered_is_refused_in_openais_shape_with_the_name_of_wh
 def test_a_body_that_is_no_request_is_a_400_and_no_traceback(raw, server):
     status, _, body = server.ask(raw=raw)
     assert status == 400 and body["error"]["message"]
+    if raw == b"{":
+        assert body["error"]["message"].startswith("the body is no JSON: Expecting")
 
 
 def test_unknown_paths_and_methods_have_the_same_shape_of_error(server):

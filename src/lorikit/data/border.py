@@ -81,9 +81,8 @@ class Border:
     def encode(self, texts: Sequence[Rendered]) -> list[Encoded | None]:
         """Of each the ids and places; None where control tokens are not just where the text spells them."""
         bordered = [_with_borders(text) for text in texts]
-        if (
-            len(bordered) == 1
-        ):  # on this thread: the others are not worth waking, and a process that used them forks badly
+        if len(bordered) == 1:
+            # On this thread: the others are not worth waking, and a process that used them forks badly.
             encodings: list[Encoding] = [self.tokenizer.encode(bordered[0], add_special_tokens=False)]
         else:
             encodings = self.tokenizer.encode_batch_fast(bordered, add_special_tokens=False)

@@ -250,7 +250,9 @@ def _explained(error: RequestValidationError) -> ApiError:
     name = ".".join(map(str, place)) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
-    if first["type"] in ("json_invalid", "model_attributes_type", "dict_type") and not name:
+    if first["type"] == "json_invalid":  # whose place is a character of the body
+        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}, at character {name}")
+    if first["type"] in ("model_attributes_type", "dict_type") and not name:
         return ApiError(400, f"the body is no JSON object: {first['msg']}")
     code = "unsupported_value" if first["type"] in ("literal_error", "too_long") else None
     return ApiError(400, f"{name}: {first['msg']}", param=name, code=code)
