@@ -34,7 +34,8 @@ from lorikit.config import load_config
 from lorikit.hub import Resolved
 from lorikit.model.load import load_engine
 from lorikit.train.adamw import make_optimizer
-from lorikit.train.distributed import AgreedSignals, Ranks, add_gradients, join, lengths_of
+from lorikit.train.distributed import AgreedSignals, Ranks, add_gradients, lengths_of
+from lorikit.train.join import join
 from lorikit.train.metrics import peak_memory
 from lorikit.train.optim import Budget, InFlight, Shared, begin_step, derived_seed, prepare_step
 from lorikit.train.signals import Signals

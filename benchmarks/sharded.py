@@ -30,7 +30,8 @@ from lorikit.hub import Resolved
 from lorikit.model import sharded
 from lorikit.model.load import load_engine
 from lorikit.train.adamw import make_optimizer
-from lorikit.train.distributed import AgreedSignals, join
+from lorikit.train.distributed import AgreedSignals
+from lorikit.train.join import join
 from lorikit.train.metrics import peak_memory
 from lorikit.train.optim import Budget, Shared, begin_step, prepare_part
 from lorikit.train.signals import Signals

@@ -8,12 +8,13 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
 
 from lorikit.errors import LorikitError
-from lorikit.train.distributed import join
+from lorikit.train.join import join
 from lorikit.train.progress import Report, silent
 from lorikit.train.signals import Signals
 from lorikit.train.training import Training
@@ -22,7 +23,10 @@ from tiny_engine import TinyEngine
 
 
 class Accident(TinyEngine):
-    """On rank 1, in its forward number 7: a signal, memory that runs out for more than one row, a loss that is no number."""
+    """On rank 1, in its forward number 7: a signal, memory that runs out for more than one row, a loss that is no number.
+
+    "slow" is a wait in every forward of every rank.
+    """
 
     def __init__(self, kind, rank, dropout):
         super().__init__(dropout=dropout)
@@ -37,6 +41,8 @@ class Accident(TinyEngine):
             os.kill(os.getpid(), signal.SIGKILL)
         if here and (self.kind == "no memory" or (self.kind == "little memory" and len(batch.cu_seqlens) > 2)):
             raise RuntimeError("can't allocate memory")
+        if self.kind == "slow":
+            time.sleep(0.5)
         loss = super().loss_sum(batch)
         return loss * math.nan if here and self.kind == "NaN" else loss
 

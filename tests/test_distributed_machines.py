@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def machines():
 
 
 def train(machines, runs, accident="", processes=1, **settings):
-    """One run on both machines, whose run folders are `runs`; their torchruns' exit codes and what they said."""
+    """Start one run on both machines, whose run folders are `runs`: a torchrun on each."""
     options = [
         "--nnodes=2",
         f"--nproc-per-node={processes}",
@@ -76,6 +77,11 @@ def train(machines, runs, accident="", processes=1, **settings):
         command += [WORKER, str(run), accident, json.dumps(settings)]
         place = environment(GLOO_SOCKET_IFNAME="eth0")
         started.append(subprocess.Popen(command, env=place, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def ends(started):
+    """Exit codes of the torchruns, and what they said."""
     said = [process.communicate(timeout=100)[1] for process in started]
     return [process.returncode for process in started], said
 
@@ -87,6 +93,23 @@ def alone(tmp_path_factory):
     return run
 
 
+def until(holds, seconds=90.0):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def children(started):
+    """Processes that the torchruns started and that work; a torchrun may notice their end later than we do."""
+    for process in started:
+        for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
+            for child in task.read_text().split():
+                with suppress(OSError):
+                    if "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+                        yield child
+
+
 def names(run):
     return sorted(path.name for path in run.iterdir() if not path.name.startswith("."))
 
@@ -95,7 +118,7 @@ def test_two_machines_with_disks_of_their_own_each_write_the_same_checkpoints(ma
     runs = [tmp_path / "a", tmp_path / "b"]
     for run in runs:
         run.mkdir()
-    codes, said = train(machines, runs, train={"save_on_each_node": True})
+    codes, said = ends(train(machines, runs, train={"save_on_each_node": True}))
     assert codes == [0, 0], said
     assert same(alone, runs[0])
     first = next(run for run in runs if (run / "metrics.jsonl").exists())
@@ -113,14 +136,34 @@ def test_two_machines_with_disks_of_their_own_each_write_the_same_checkpoints(ma
 
 def test_two_machines_with_one_disk_write_one_folder_and_survive_a_lost_process(machines, alone, tmp_path):
     runs, begun = [tmp_path / "run", tmp_path / "run"], time.monotonic()
-    codes, said = train(machines, runs, "SIGKILL")
+    codes, said = ends(train(machines, runs, "SIGKILL"))
     assert time.monotonic() - begun < 90
     assert codes == [1, 1], said  # torchrun's own code; those of the processes are in what it says
     together = "".join(said)
     assert "another process of this run is gone" in together and ": -9" in together and ": 75" in together
     assert [f.name for f in checkpoints(runs[0])][-1] == "checkpoint-6"
-    codes, said = train(machines, runs)
+    codes, said = ends(train(machines, runs))
     assert codes == [0, 0], said
     assert same(alone, runs[0]) and [line["step"] for line in curve(runs[0])] == [line["step"] for line in curve(alone)]
     assert names(tmp_path) == ["run"]
     assert Path(runs[0] / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_machine_that_vanishes_without_a_word_ends_the_run_of_the_others_within_a_minute(machines, tmp_path):
+    run = tmp_path / "run"
+    started = train(machines, [run, run], "slow", train={"save_steps": 100})
+    until(lambda: (run / "metrics.jsonl").exists() and len(curve(run)) >= 3)
+    cut = time.monotonic()
+    subprocess.run(["ip", "-n", machines[0], "link", "set", "eth0", "down"], check=True)
+    try:
+        until(lambda: not list(children(started)))
+        assert time.monotonic() - cut < 60
+    finally:
+        subprocess.run(["ip", "-n", machines[0], "link", "set", "eth0", "up"], check=True)
+    codes, said = ends(started)
+    assert all(codes), said
+    assert all("another process of this run is gone" in text for text in said), said
+    assert any(": 75" in text for text in said), said  # the other torchrun may only tell of its lost rendezvous
+    saved = checkpoints(run)[-1]
+    assert verify(saved) == [] and saved.name == f"checkpoint-{curve(run)[-1]['step']}", "what was done is kept"

@@ -225,7 +225,7 @@ def train(
         more = (["--json"] if as_json else []) + ([] if compare else ["--no-compare"])
         launch(["train", str(config), *flags, *more], gpus)
         return
-    from lorikit.train.distributed import speaks
+    from lorikit.train.join import speaks
     from lorikit.train.loop import train as run_training
 
     run = run_training(settings)

@@ -13,28 +13,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorikit import errors
 from lorikit.data.values import Example
-from lorikit.errors import ConfigError, Interrupted, LorikitError
+from lorikit.errors import Interrupted
 from lorikit.model.engine import Engine
+from lorikit.train.pulse import Pulse
 from lorikit.train.signals import Signals
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed.distributed_c10d import Store
+    from torch.distributed.distributed_c10d import Store, Work
 
-_PATIENCE = timedelta(minutes=30)  # one rank may generate, write or compile while the others wait
-_LAST_WORDS = 3.0  # seconds in which a rank that failed may still say why
+PATIENCE = timedelta(minutes=30)  # one rank may generate, write or compile while the others wait
+_LOOK = timedelta(seconds=2)  # between two looks for signs of life while waiting
 _LAST_ANSWER = 20.0  # seconds; torchrun kills what has not ended 30 s after its signal
 LAST_ERROR = "last_error"
 """Key in the store, followed by a rank, of what it says when it tells that it failed."""
@@ -55,6 +54,8 @@ class Ranks:
     local_rank: int = 0
     num_nodes: int = 1
     store: Store | None = None
+    pulse: Pulse | None = None
+    """Signs of life, where the run has several machines."""
 
     @property
     def active(self) -> bool:
@@ -75,7 +76,7 @@ class Ranks:
         import torch.distributed as dist
 
         with _watched():
-            dist.all_reduce(flat)
+            self._complete(dist.all_reduce(flat, async_op=not flat.is_cuda))
 
     def tell(self, values: Tensor) -> Tensor:
         """values (K,) float64 of this rank -> (N, K): those of every rank, on the same device."""
@@ -84,7 +85,7 @@ class Ranks:
 
         told = torch.empty(self.size, len(values), dtype=values.dtype, device=values.device)
         with _watched():
-            dist.all_gather(list(told), values)
+            self._complete(dist.all_gather(list(told), values, async_op=not values.is_cuda))
         return told
 
     def numbers(self, *values: float) -> list[tuple[float, ...]]:
@@ -101,7 +102,7 @@ class Ranks:
 
         with _watched():
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                self._complete(dist.broadcast(tensor, 0, async_op=True))
 
     def text(self, value: Any) -> Any:
         """What rank 0 gives, JSON values, on every rank."""
@@ -131,6 +132,24 @@ class Ranks:
     def say(self, report: Callable[[str], None]) -> Callable[[str], None]:
         """For what this rank alone knows: rank 0 says it to `report`, the others to stderr with their number."""
         return report if self.first else lambda text: print(f"[rank {self.rank}] {text}", file=sys.stderr)  # noqa: T201
+
+    def lost(self) -> str:
+        """Which machine is lost, for somebody who will end this process because of it; empty while all are there."""
+        return self.pulse.take() if self.pulse else ""
+
+    def _complete(self, exchange: Work | None) -> None:
+        """Wait for an exchange between CPUs. None: one between GPUs, which stands in the order of their work."""
+        deadline = time.monotonic() + PATIENCE.total_seconds()
+        while exchange is not None:
+            try:
+                exchange.wait(_LOOK)
+            except RuntimeError as error:
+                if "Operation timed out" not in str(error) or time.monotonic() > deadline:
+                    raise
+                if lost := self.lost():
+                    raise LostRank(lost) from None
+            else:
+                return
 
     @contextmanager
     def first_on_each_node(self) -> Iterator[None]:
@@ -162,78 +181,6 @@ def lengths_of(rows: Sequence[Example]) -> list[int]:
     return [len(row.input_ids) for row in rows]
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of a group; asks the environment alone."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
-
-
-def speaks() -> bool:
-    """Whether this process is the one whose results are printed."""
-    return not started_by_torchrun() or os.environ["RANK"] == "0"
-
-
-@contextmanager
-def join(signals: Signals) -> Iterator[Ranks]:
-    """This process among those that torchrun started with it, connected while the block runs; alone without torchrun.
-
-    On GPUs each rank takes the one of its local rank. An error that a user can cause ends all ranks with its exit code and
-    is printed once: by rank 0, or with its number by the rank that alone had it.
-    """
-    if not started_by_torchrun():
-        yield Ranks()
-        return
-    import torch
-    import torch.distributed as dist
-
-    ranks = _connect()
-    try:
-        yield ranks
-    except LorikitError as error:
-        signals.hold()
-        _end_as_one(ranks, error)
-    except LostRank as lost:
-        signals.hold()
-        if dist.group.WORLD is not None and torch.cuda.is_available():
-            with suppress(RuntimeError):
-                dist.group.WORLD.abort()  # or the end of this process would wait for the one that is gone
-        _end_as_one(ranks, Interrupted(f"another process of this run is gone ({lost}); the same command goes on"))
-    finally:
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
-
-
-def _connect() -> Ranks:
-    import torch
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore, TCPStore  # where torch.distributed has them from
-
-    values = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    rank, size, local = values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]
-    gpus = torch.cuda.device_count()
-    if 0 < gpus <= local:
-        raise ConfigError(
-            f"process {local} of this machine has no GPU: there are {gpus}; start at most as many processes"
-        )
-    if gpus:
-        torch.cuda.set_device(local)
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    server = TCPStore(
-        os.environ["MASTER_ADDR"], values["MASTER_PORT"], size, rank == 0 and not of_agent, timeout=_PATIENCE
-    )
-    store = PrefixStore(f"lorikit/{attempt}", server)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpus else "gloo",
-        store=PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=_PATIENCE,
-        device_id=torch.device("cuda", local) if gpus else None,
-    )
-    return Ranks(rank, size, local, int(os.environ.get("GROUP_WORLD_SIZE", "1")), store)
-
-
 @contextmanager
 def _watched() -> Iterator[None]:
     """Turn what torch says about a broken connection into LostRank."""
@@ -244,29 +191,6 @@ def _watched() -> Iterator[None]:
         if not any(part in words for part in ("onnection", "imed out", "imeout", "Broken pipe", "remote process")):
             raise
         raise LostRank("its connection broke" if "imeout" not in words else "it gave no answer") from None
-
-
-def _end_as_one(ranks: Ranks, error: LorikitError) -> NoReturn:
-    """Raise what this rank ends with. Who was only stopped, because another rank failed, ends for the reason of that one."""
-    stopped, text = isinstance(error, Interrupted), str(error)
-    ends: dict[int, dict[str, str]] = {}
-    assert ranks.store is not None
-    with suppress(RuntimeError):  # the store may be gone with its machine
-        ranks.store.set(f"end/{ranks.rank}", json.dumps({"kind": type(error).__name__, "text": text}))
-        deadline = time.monotonic() + _LAST_WORDS
-        while len(ends) < ranks.size and time.monotonic() < deadline:
-            time.sleep(0.02)
-            for rank in set(range(ranks.size)) - ends.keys():
-                if ranks.store.check([f"end/{rank}"]):
-                    ends[rank] = json.loads(ranks.store.get(f"end/{rank}"))
-    causes = [ends[rank]["kind"] for rank in sorted(ends) if ends[rank]["kind"] != Interrupted.__name__]
-    if stopped and causes:
-        raise SystemExit(getattr(errors, causes[0]).exit_code)
-    if ranks.first:
-        raise error
-    if not stopped and (0 not in ends or ends[0]["text"] != text):
-        print(f"[rank {ranks.rank}] lorikit: {error}", file=sys.stderr)  # noqa: T201  no other rank will say it
-    raise SystemExit(error.exit_code)
 
 
 class AgreedSignals:
@@ -300,7 +224,10 @@ class AgreedSignals:
         self.hear(number for (number,) in self._ranks.numbers(self.number()))
 
     def watch(self) -> None:
-        """LostRank when the launcher stops this rank, as it does when another is gone, and the device gives no answer."""
+        """LostRank when a machine is lost, and when the launcher stops this rank, as it does when another is gone, and the
+        device gives no answer."""
+        if lost := self._ranks.lost():
+            raise LostRank(lost)
         if self.own.received:
             self._noted = self._noted or time.monotonic()
             if time.monotonic() - self._noted > _LAST_ANSWER:

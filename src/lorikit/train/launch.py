@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 
 from lorikit.errors import ConfigError, Interrupted
-from lorikit.train.distributed import started_by_torchrun
+from lorikit.train.join import started_by_torchrun
 
 _SHUTDOWN = 600  # seconds to finish a step and save after a signal, before torch's agent kills
 _KNOWN = (2, 3, 4, 5, 6, 7, 75, 130)

@@ -17,7 +17,8 @@ from lorikit.errors import ConfigError
 from lorikit.hub import Resolved, resolve_data, resolve_model
 from lorikit.model.engine import Engine
 from lorikit.model.load import load_engine, load_tokenizer, stop_ids
-from lorikit.train.distributed import Ranks, join
+from lorikit.train.distributed import Ranks
+from lorikit.train.join import join
 from lorikit.train.metrics import check_trackers, peak_memory
 from lorikit.train.network import layers_of, links_of, on_ranks, sharded_costs, spread
 from lorikit.train.plan import one_line
