@@ -1,6 +1,6 @@
 """Time every kernel at the shapes of Llama-3-8B with LoRA r 8, beside the limit of the GPU's memory and plain torch.
 
-    python benchmarks/kernels.py [--tokens 1042 4096] [--only lora] [--json FILE]
+    python benchmarks/kernel_times.py [--tokens 1042 4096] [--only lora] [--json FILE]
 
 All of them are bound by memory: GB/s count each input once and each output once, whatever a kernel really moves, and the
 share is of the nominal bandwidth of the GPU (H100 SXM: 3.35 TB/s); the first line, a copy, shows what of it can be reached.
