@@ -4,8 +4,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check install --progress-bar off -c constraints.txt
+PIP := $(RUN) -m pip --disable-pip-version-check install --progress-bar off --no-compile -c constraints.txt
 LOG := $(VENV)/setup.log
+
+# What is imported is compiled then, and kept: pip would compile all there is, which takes as long as the rest of the set-up.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A set-up that was cut off, or a folder that was moved, is made again from nothing.
 USABLE := $(shell test ! -e $(VENV)/.unfinished && test "$$(cat $(VENV)/.made-in 2>/dev/null || pwd)" = "$$(pwd)" \
