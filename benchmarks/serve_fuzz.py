@@ -39,6 +39,7 @@ def main() -> None:
         path = Path(folder) / "openapi.json"
         path.write_text(json.dumps(document))
         command = [given.schemathesis, "run", str(path), "--url", given.url, "--checks", given.checks]
+        command += ["--request-timeout", "120"]  # an answer may be 32768 tokens long
         done = subprocess.run([*command, "--max-examples", str(given.max_examples)], check=False, cwd=folder)
     sys.exit(done.returncode)
 

@@ -116,6 +116,19 @@ def test_train_says_in_short_what_check_finds_and_no_text_can_steer_the_terminal
     assert {finding["kind"] for finding in report["findings"]} == {"characters", "several_answers"}
 
 
+def test_check_finds_rows_of_the_evaluation_file_that_are_trained(lorikit, model, tmp_path):
+    rows = [{"instruction": f"{word}?", "output": f"{word} it is"} for word in ("salt", "bread", "rain", "figs")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "held_out.json").write_text(json.dumps([rows[2], {"instruction": "moss?", "output": "green"}]))
+    files = [str(tmp_path / "rows.json"), "--eval.data", str(tmp_path / "held_out.json")]
+    code, out, err = lorikit("check", *files, "--model", str(model), "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["rows"]["read"] == 6 and found["rows"]["held_out"] == 2
+    (leak,) = [one for one in found["findings"] if one["kind"] == "leaks"]
+    assert any("held_out.json:1" in row for place in leak["places"] for row in place["rows"])
+
+
 def test_check_fix_writes_the_mended_rows_beside_what_was_done(lorikit, model, tmp_path):
     (tmp_path / "rows.json").write_text(
         json.dumps([*ROWS, ROWS[0], {"instruction": "a\u200bb", "output": "long enough"}])

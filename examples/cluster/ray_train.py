@@ -1,7 +1,7 @@
 """Sixteen GPUs of a Ray cluster: python examples/cluster/ray_train.py run.yaml
 
-Ray Train starts the processes and sets what torchrun would (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). The run
-folder must be on a disk that all machines see.
+Ray Train starts the processes and sets what torchrun would (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). run.yaml
+and its rows must have the same path on all machines; the run folder is written where rank 0 is.
 """
 
 import os
@@ -18,7 +18,8 @@ def train(settings: dict[str, str]) -> None:
     context = get_context()
     nodes = context.get_world_size() // context.get_local_world_size()
     port = int(os.environ["MASTER_PORT"]) + 1  # Ray's own group holds the port itself
-    environment = os.environ | {"MASTER_PORT": str(port), "GROUP_WORLD_SIZE": str(nodes)}
+    group = {"GROUP_WORLD_SIZE": str(nodes), "GROUP_RANK": str(context.get_node_rank())}
+    environment = os.environ | group | {"MASTER_PORT": str(port)}
     subprocess.run([sys.executable, "-m", "lorikit", "train", settings["config"]], env=environment, check=True)
 
 

@@ -8,7 +8,9 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 
-# Slurm sends SIGTERM two minutes before the time is up; the run saves and ends with 75, and goes on when it is queued again.
+# Slurm sends SIGTERM two minutes before the time is up, and the run saves. The same command, submitted again, goes on; --requeue
+# does that after a preemption or a lost node, not at the time limit.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 3 \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29500" \

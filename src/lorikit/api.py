@@ -37,8 +37,8 @@ Prompt = str | Sequence[Message | Mapping[str, Any]]
 def check(config: RunConfig, *, show: int = 3, row: str | None = None) -> Check:
     """What becomes of every row of the run's data, and the first `show` rows (or `row`, a file:line) token by token.
 
-    Shows itself in a notebook, with the learnt tokens in colour; `print_check` shows it on a terminal. What training would
-    refuse is in its `report.refusals`. Raises DataError for files without rows, ModelError, ConfigError.
+    Shows itself in a notebook, with the learnt tokens in colour; `lorikit.data.view.render` shows it on a terminal. What
+    training would refuse is in its `report.refusals`. Raises DataError for files without rows, ModelError, ConfigError.
     """
 
     def find(names: str | list[str]) -> list[Path]:

@@ -37,7 +37,7 @@ app = App(
     help_format="markdown",
     help_epilogue=(
         "Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 model, adapter or device, 5 diverged, "
-        "6 out of memory, 7 disk, 75 stopped by a signal (the same command goes on), 130 interrupted twice."
+        "6 out of memory, 7 disk, 75 stopped by a signal (the same command goes on), 130 interrupted (train: twice)."
     ),
 )
 
@@ -144,7 +144,7 @@ def download(
 
 
 app.command(build)
-app.command(check)
+app.command(check, usage="Usage: lorikit check FILE... --model MODEL [OPTIONS]")
 app.command(merge)
 app.command(export)
 app.command(serve)
@@ -166,7 +166,8 @@ def plan(
 ) -> None:
     """What RUN.yaml will need, before anything is loaded: engine, steps, memory by part, time, and what to change.
 
-    Reads the rows as train does, of the model only config.json and the weights' headers. A run that does not fit is answered
+    Reads the rows as train does, of the model only config.json and the weights' headers (a model that is not on this machine
+    is downloaded first, whole). A run that does not fit is answered
     with settings that do, with their figures; exits with 6 if not even one row a forward fits.
 
     Parameters

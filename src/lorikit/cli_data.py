@@ -78,8 +78,7 @@ def check(
 ) -> None:
     """What becomes of every row of FILE..., what is wrong with the data, token lengths, and what is trained in a few rows.
 
-    Settings of the group data may follow, as in a run: --data.template tutorial --data.on_long_row truncate.
-    Exits with 3 if rows are refused.
+    Settings of a run may follow: --data.template tutorial, --eval.data held_out.json. Exits with 3 if rows are refused.
 
     Parameters
     ----------
@@ -110,16 +109,19 @@ def check(
     if fix:
         check_suffix(fix)
         check_outputs([fix, _changes(fix)], force, inputs=[Path(name) for name in files])
-    data: dict[str, Any] = {"train": files} | ({"max_length": max_length} if max_length is not None else {})
-    config = load_config(flags=flags, model={"name_or_path": model}, data=data, train={"output_dir": "none"})
+    flags += [f"--data.max_length={max_length}"] if max_length is not None else []
+    config = load_config(
+        flags=flags, model={"name_or_path": model}, data={"train": files}, train={"output_dir": "none"}
+    )
     base = resolve_model(config.model.name_or_path, revision=config.model.revision, hub=config.model.hub)
     tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
-    encoder = Encoder(tokenizer, config.data, stop_ids(base.path))
-    paths = [resolve_data(name, hub=config.model.hub).path for name in files]
-    checked = check_rows(paths, config, encoder, show=show, row=row)
+    encoder, hub = Encoder(tokenizer, config.data, stop_ids(base.path)), config.model.hub
+    paths = [resolve_data(name, hub=hub).path for name in files]
+    held_out = [resolve_data(config.eval.data, hub=hub).path] if config.eval.data else None
+    checked = check_rows(paths, config, encoder, eval_paths=held_out, show=show, row=row)
+    result = checked.to_dict() if as_json else {}
     if not as_json:
         render(checked)
-    result = checked.to_dict() if as_json else {}
     if fix:
         result["fix"] = _fix(paths, config.data, checked.report, fix)
     if as_json:

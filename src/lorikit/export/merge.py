@@ -53,7 +53,7 @@ class Merged:
 
 def merge(
     run: str | Path,
-    output: Path,
+    output: str | Path,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -72,6 +72,7 @@ def merge(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}: {', '.join(DTYPES)}")
+    output = Path(output)
     _check_place(output, force=force)
     located = locate(run, device=device)
     assert located.adapter is not None

@@ -78,12 +78,12 @@ class Compared:
         return {"verdict": verdict} | self.comparison.to_dict()
 
 
-def compare(run: Path, *, rows: int | None = None, device: str = "auto", say: Say = lambda _: None) -> Compared:
+def compare(run: Path | str, *, rows: int | None = None, device: str = "auto", say: Say = lambda _: None) -> Compared:
     """Compare a run, a checkpoint of one or an adapter folder with its base; writes compare.json into a run folder.
 
     Raises what `open_run` raises, and DiskError. What is missing of the data is said in `Comparison.unknown`.
     """
-    begun = time.perf_counter()
+    begun, run = time.perf_counter(), Path(run)
     session = open_run(run, device=device)
     unknown: list[str] = [note for note in session.notes if "not finished" in note]
     data, prepared = _rows(_run_folder(run), session, unknown)

@@ -18,7 +18,7 @@ MAX_CHOICES, MAX_TOP_LOGPROBS, MAX_STOPS = 16, 20, 16
 MAX_TURNS = 1000  # a template is rendered up to each answer of the history, which takes the square of their number
 MAX_NEW_TOKENS = Sampling().max_new_tokens
 _TOP_COMPLETION_LOGPROBS = 5
-_MOST_SEED = 2**63 - 1024  # the largest below 2**63 that a float64 holds, as which the document's limits are read
+_MOST_SEED = 10**19  # any integer of 64 bits; the document's limits are read as float64, which holds this one exactly
 _GREEDY_BELOW = 1e-3  # such a temperature takes the likeliest token all the same, and logits divided by it overflow
 
 
@@ -140,7 +140,7 @@ class _Sampled(_Strict):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1, description="0 and -1 are off"), _NUMBER] | None = None
     min_p: Annotated[float, Field(ge=0, le=1), _NUMBER] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10), _NUMBER] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=_MOST_SEED), _NUMBER] | None = None
+    seed: Annotated[int, Field(ge=-_MOST_SEED, le=_MOST_SEED), _NUMBER] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _NUMBER] | None = None
     stop: Stop | list[Stop] | None = None
     stream: Flag | None = None

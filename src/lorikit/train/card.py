@@ -29,8 +29,9 @@ def model_card(config: RunConfig, base_name: str, state: State, num_rows: int) -
     return (
         f"---\nbase_model: {base_name}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, lorikit]\n---\n\n"
         f"# A LoRA adapter for {base_name}\n\nTrained with Lorikit.\n\n| | |\n|---|---|\n{table}\n\n"
-        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")\n```\n'
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("the folder of {base_name}", dtype="auto")\n'
+        'model = PeftModel.from_pretrained(base, "this folder")\n```\n'
     )
 
 

@@ -103,7 +103,7 @@ def _connect() -> Ranks:
         device_id=torch.device("cuda", local) if gpus else None,
     )
     num_nodes, pulse = int(os.environ.get("GROUP_WORLD_SIZE", "1")), None
-    if num_nodes > 1:
+    if num_nodes > 1 and "GROUP_RANK" in os.environ:  # a launcher other than torchrun may not say which machine this is
 
         def connect() -> PrefixStore:
             place = os.environ["MASTER_ADDR"], values["MASTER_PORT"]
