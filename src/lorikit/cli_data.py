@@ -14,11 +14,12 @@ from cyclopts import Parameter
 from lorikit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorikit.config import DataConfig
+    from lorikit.config import DataConfig, RunConfig
     from lorikit.data.account import DataReport
     from lorikit.data.build import Built
     from lorikit.data.material import Material
     from lorikit.data.records import Reading
+    from lorikit.data.view import Check
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON document on stdout.")]
@@ -59,6 +60,7 @@ class Columns:
     def reading(self) -> Reading:
         """The same as the reader of records takes it."""
         from lorikit.data.records import Reading
+    from lorikit.data.view import Check
 
         names = {
             name.removesuffix("_column"): value for name, value in asdict(self).items() if name.endswith("_column")
@@ -96,12 +98,8 @@ def check(
         Write the mended rows here (.json, .jsonl, .csv, .tsv), and to FIX.changes.jsonl what was done to others and why.
     """
     from lorikit.config import load_config
-    from lorikit.data.encode import Encoder
     from lorikit.data.fix import check_suffix
-    from lorikit.data.view import check as check_rows
     from lorikit.data.view import render
-    from lorikit.hub import resolve_data, resolve_model
-    from lorikit.model.load import load_tokenizer, stop_ids
 
     files, flags = split_flags(arguments)
     if not files:
@@ -113,12 +111,7 @@ def check(
     config = load_config(
         flags=flags, model={"name_or_path": model}, data={"train": files}, train={"output_dir": "none"}
     )
-    base = resolve_model(config.model.name_or_path, revision=config.model.revision, hub=config.model.hub)
-    tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
-    encoder, hub = Encoder(tokenizer, config.data, stop_ids(base.path)), config.model.hub
-    paths = [resolve_data(name, hub=hub).path for name in files]
-    held_out = [resolve_data(config.eval.data, hub=hub).path] if config.eval.data else None
-    checked = check_rows(paths, config, encoder, eval_paths=held_out, show=show, row=row)
+    checked, paths = _check(config, files, show, row)
     result = checked.to_dict() if as_json else {}
     if not as_json:
         render(checked)
@@ -128,6 +121,21 @@ def check(
         print_json(result)
     if checked.refused:
         raise SystemExit(3)
+
+
+def _check(config: RunConfig, files: Sequence[str], show: int, row: str | None) -> tuple[Check, list[Path]]:
+    """What `check` finds in the files, and where they are on this machine."""
+    from lorikit.data.encode import Encoder
+    from lorikit.data.view import check
+    from lorikit.hub import resolve_data, resolve_model
+    from lorikit.model.load import load_tokenizer, stop_ids
+
+    base = resolve_model(config.model.name_or_path, revision=config.model.revision, hub=config.model.hub)
+    tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
+    encoder, hub = Encoder(tokenizer, config.data, stop_ids(base.path)), config.model.hub
+    paths = [resolve_data(name, hub=hub).path for name in files]
+    held_out = [resolve_data(config.eval.data, hub=hub).path] if config.eval.data else None
+    return check(paths, config, encoder, eval_paths=held_out, show=show, row=row), paths
 
 
 def _changes(out: Path) -> Path:
