@@ -60,7 +60,6 @@ class Columns:
     def reading(self) -> Reading:
         """The same as the reader of records takes it."""
         from lorikit.data.records import Reading
-    from lorikit.data.view import Check
 
         names = {
             name.removesuffix("_column"): value for name, value in asdict(self).items() if name.endswith("_column")
