@@ -1,6 +1,7 @@
 """Rows come from what people have, and every line of it has a fate."""
 
 import json
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -255,6 +256,17 @@ def test_a_sheet_of_a_workbook_is_a_table(tmp_path):
     assert [(pair.question, pair.answer) for pair in more.pairs] == [("Q1", "A1")]
     with pytest.raises(ConfigError, match="no sheet 'x'; there are 'Sheet', 'more'"):
         read_records(tmp_path / "t.xlsx", "t.xlsx", Reading({}, sheet="x"))
+    stale = tmp_path / "stale.xlsx"
+    with zipfile.ZipFile(tmp_path / "t.xlsx") as old, zipfile.ZipFile(stale, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b'<dimension ref="A1:B2"', b'<dimension ref="A1:B1"'))
+        assert old.read("xl/worksheets/sheet1.xml") != new.read("xl/worksheets/sheet1.xml")
+    assert pairs(built(stale)) == [("Wie viele?", "7")], "what the writer noted of the size is not believed"
+    with zipfile.ZipFile(tmp_path / "t.xlsx") as old, zipfile.ZipFile(tmp_path / "cut.xlsx", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[: 200 if "sheet1" in name else None])
+    with pytest.raises(DataError, match="its sheet cannot be read to the end"):
+        built(tmp_path / "cut.xlsx")
     (tmp_path / "bad.xlsx").write_bytes(b"PK no archive")
     with pytest.raises(DataError, match="not a workbook"):
         built(tmp_path / "bad.xlsx")

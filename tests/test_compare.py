@@ -116,6 +116,8 @@ def test_a_checkpoint_is_held_against_the_held_out_losses_of_its_run(tmp_path):
     assert {curve.lowest for curve in steps.values()} == {1.5}
     assert curve_of(tmp_path / "checkpoint-15", True) is None
     assert judge(replace(GOOD, curve=steps["checkpoint-30"])).words == ("overfitted",)
+    early = judge(replace(GOOD, curve=steps["checkpoint-10"]))
+    assert "overfitted" not in early.words, "a checkpoint from before the lowest loss has more to learn, not less"
 
 
 def test_steps_in_vain_are_told_with_the_epochs_that_would_do():

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,39 @@ def test_a_new_adapter_of_the_same_name_takes_its_place(decoder, tmp_path):
     other = ids(run(decoder, [Request([3, 4], GREEDY, frozenset(), "other")])[0])
     assert other == ids(run(decoder, [Request([3, 4], GREEDY, frozenset(), "two")])[0])
     assert before == ids(run(decoder, [Request([3, 4], GREEDY, frozenset(), "default")])[0])
+
+
+def test_an_adapter_that_was_replaced_is_let_go_of(tmp_path):
+    engine = load(tmp_path, "decoder")
+    decoding = engine.decoding(2, 30)
+    for name in ("adapter0", "adapter1", "adapter0"):
+        engine.add_adapter("two", tmp_path / name)
+        decoding.add(Request([3, 4], GREEDY, frozenset(), "two"))
+        while decoding.step():
+            pass
+    assert len(decoding._on_host) == 1
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_an_answer_on_its_way_is_not_changed_by_an_adapter_that_another_thread_adds(kind, tmp_path):
+    engine, name = (
+        load(tmp_path, kind),
+        "two" if kind == "generic" else "three",
+    )  # the decoder takes one in the next step
+    request = Request([3, 4], GREEDY, frozenset(), "two")
+    want = ids(run(engine, [request])[0])
+    decoding = engine.decoding(1, 64)
+    decoding.add(request)
+    tokens = decoding.step()
+    other = threading.Thread(target=engine.add_adapter, args=(name, tmp_path / "adapter0"))
+    other.start()
+    while more := decoding.step():
+        tokens += more
+    other.join(timeout=20)
+    assert not other.is_alive()
+    assert ids(tokens) == want
+    added, first = (ids(run(engine, [replace(request, adapter=one)])[0]) for one in (name, "default"))
+    assert added == first
 
 
 @pytest.fixture(scope="module")

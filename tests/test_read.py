@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -206,6 +207,17 @@ def test_comments_between_rows_are_passed_over_and_elsewhere_named(tmp_path):
     rows = read(tmp_path / "b.json", f'[\n{{"instruction": // why\n"a", "output": "b"}},\n{GOOD}, /* open\n]')
     assert lines(rows) == [4]
     assert "a comment stands here, which JSON does not have (line 2, column 17)" in rows.rejects[0].reason
+
+
+def test_what_follows_an_array_is_looked_at_in_no_more_time_than_reading_takes(tmp_path):
+    begun = time.monotonic()
+    rows = read(tmp_path / "a.json", f"[{GOOD}]" + " " * 5000 + "x")
+    assert len(rows.conversations) == 1 and "text after the array of rows is not read" in rows.rejects[0].reason
+    assert time.monotonic() - begun < 5
+
+
+def test_a_comment_before_an_object_around_the_rows_does_not_hide_them(tmp_path):
+    assert lines(read(tmp_path / "a.json", f'// exported\n{{"data": [{GOOD},\n{GOOD}]}}')) == [2, 3]
 
 
 def test_joined_files_lone_returns_and_names_in_capitals_are_called_what_they_are(tmp_path):

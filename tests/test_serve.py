@@ -64,6 +64,16 @@ def greedy(session, text, tokens=8):
     return answer(session, [[Message("user", text)]], sampling)[0].text
 
 
+def test_a_second_run_called_default_answers_with_its_own_adapter(made, session):
+    models = open_models([str(made / "run"), f"default={made / 'other'}"], "cpu")
+    other = open_run(made / "other", device="cpu")
+    assert greedy(session, "hello") != greedy(other, "hello")
+    with serving(models=models) as running:
+        for name, own in (("run", session), ("default", other)):
+            _, _, body = running.ask(body=chat("hello", name, **GREEDY))
+            assert body["choices"][0]["message"]["content"] == greedy(own, "hello")
+
+
 def test_openais_client_gets_the_engines_answer_whole_streamed_and_async(client, server, session):
     want = greedy(session, "hello")
     whole = client.chat.completions.create(**chat(**GREEDY))

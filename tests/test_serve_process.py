@@ -1,5 +1,6 @@
 """`lorikit serve` as a process: its end, its address and key; picking up checkpoints; an engine that fails; vLLM's command."""
 
+import gc
 import hashlib
 import http.client
 import json
@@ -19,6 +20,7 @@ import pytest
 from lorikit.errors import ModelError
 from lorikit.infer.session import open_run
 from lorikit.model import lora
+from lorikit.model.decoder_slots import Slots
 from lorikit.serve import vllm
 from lorikit.serve.models import name_of, open_models, place_runs
 from lorikit.serve.run import is_loopback
@@ -169,11 +171,15 @@ def checkpoint(adapter, folder):
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
 
 
+def num_caches():
+    return sum(isinstance(one, Slots) for one in gc.get_objects())
+
+
 def test_an_engine_that_fails_is_told_to_those_it_concerns_and_the_next_request_is_answered(made):
     models = open_models([str(made / "run")], "cpu")
     with serving(models=models) as server:
         want = server.ask(body=chat(**GREEDY))[2]["choices"][0]["message"]["content"]
-        norm = models.engine.weights.norm
+        norm, caches = models.engine.weights.norm, num_caches()
         whole = norm.clone()
         norm.set_(whole[:3])  # a shape that no product takes
         status, _, body = server.ask(body=chat(**GREEDY))
@@ -182,6 +188,7 @@ def test_an_engine_that_fails_is_told_to_those_it_concerns_and_the_next_request_
         assert "engine_error" in streamed and "[DONE]" not in streamed
         norm.set_(whole)
         assert server.ask(body=chat(**GREEDY))[2]["choices"][0]["message"]["content"] == want
+        assert num_caches() == caches, "those that failed were given back"
         assert server.worker.num_open == 0 and server.get("/health")[0] == 200
 
 

@@ -238,6 +238,15 @@ def test_every_line_of_a_row_names_it(tmp_path):
     assert first == {"rows.json:2"} and later == {f"rows.json:{second - 1}"}
 
 
+def test_a_line_without_its_file_is_refused_where_there_are_several(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps(alpaca("q", name)) + "\n")
+    config = settings_of()
+    encoder = Encoder(tokenizers()["llama3"], config.data)
+    with pytest.raises(ConfigError, match="give file:line"):
+        check([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], config, encoder, row="1")
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [

@@ -102,7 +102,7 @@ _WRAPPER_END = re.compile(rf'\s*(?:,\s*"[^"\\]*"\s*:\s*{_PLAIN}\s*)*\}}\s*')
 _COMMENT = r"//[^\n]*|/\*(?s:.*?)\*/"
 # Commas are not counted, and comments, which JSON does not have but people write, say nothing about rows.
 _BETWEEN = re.compile(rf"(?:[ \t\r\n,]+|{_COMMENT})*")
-_AFTER = re.compile(rf"(?:\s+|{_COMMENT})*")
+_AFTER = re.compile(rf"(?:\s|{_COMMENT})*")  # one character each: "\s+" would be tried in every way that it can be cut
 _OPENING = re.compile(r'\{\s*"[^"\\]*"')
 
 
@@ -161,12 +161,12 @@ def document_rows(text: str, offset: int, wanted: Collection[str]) -> Iterator[R
 
 def _enter(text: str, cursor: _Cursor, wanted: Collection[str]) -> tuple[bool, re.Pattern[str]]:
     """Move to the first row; whether rows are in an array, and what may follow that array."""
-    wrapper = _WRAPPER.match(text)
+    before = _AFTER.match(text)
+    start = before.end() if before else 0
+    wrapper = _WRAPPER.match(text, start)
     if wrapper and not {wrapper["key"], *re.findall(r'"([^"]*)"\s*:', wrapper["before"])} & set(wanted):
         cursor.move(wrapper.end())
         return True, _WRAPPER_END
-    before = _AFTER.match(text)
-    start = before.end() if before else 0
     array = text.startswith("[", start)
     cursor.move(start + array)
     return array, _AFTER

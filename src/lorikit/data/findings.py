@@ -33,7 +33,7 @@ _QUOTED = 40
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A row that is trained or held out, and the key of its prompt group. Sources need not differ: rows share lines."""
+    """A row that is trained or held out, and the key of its prompt group."""
 
     row: Conversation
     group: bytes

@@ -21,7 +21,7 @@ from lorikit.data.lines import RawRow, RowError
 from lorikit.data.material import Material, MaterialKind, Pair, Said
 from lorikit.data.rows import raw_rows
 from lorikit.data.scripts import same_name
-from lorikit.errors import ConfigError, DataError
+from lorikit.errors import ConfigError, DataError, LorikitError
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "speaker": ("speaker", "from", "sender", "author", "name", "user", "username", "nickname", "role", "sender_name",
@@ -246,10 +246,26 @@ def _excel_rows(path: Path, sheet: str | None) -> Iterator[RawRow]:
         raise DataError(
             f"{path}: not a workbook that can be read ({type(error).__name__}: {str(error)[:80]})"
         ) from None
-    if sheet is not None and sheet not in book.sheetnames:
-        raise ConfigError(f"{path}: no sheet {sheet!r}; there are {_shown(book.sheetnames)}")
+    try:
+        if sheet is not None and sheet not in book.sheetnames:
+            raise ConfigError(f"{path}: no sheet {sheet!r}; there are {_shown(book.sheetnames)}")
+        if not book.worksheets:
+            raise DataError(f"{path}: holds no sheet with cells")
+        yield from _sheet_rows(path, book[sheet] if sheet else book.worksheets[0])
+    except LorikitError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path}: its sheet cannot be read to the end ({type(error).__name__}: {str(error)[:80]})"
+        ) from None
+    finally:
+        book.close()
+
+
+def _sheet_rows(path: Path, cells_of: Any) -> Iterator[RawRow]:
+    cells_of.reset_dimensions()  # what a writer noted of the sheet's size may be wrong, and rows would be left out
     header: list[str] | None = None
-    for number, cells in enumerate((book[sheet] if sheet else book.worksheets[0]).iter_rows(values_only=True), 1):
+    for number, cells in enumerate(cells_of.iter_rows(values_only=True), 1):
         if all(cell is None for cell in cells):
             continue
         if header is None:

@@ -185,7 +185,8 @@ def _text(encoder: Encoder, ids: list[int], start: int, end: int) -> str:
 
 def _find(data: DataSet, where: str) -> str:
     """The source of the row that begins at this file:line or has this line in it, or that is named whole."""
-    whole = next((source for source in _sources(data) if where in (source, source.rpartition(":")[2])), None)
+    alone = len(data.files) == 1
+    whole = next((s for s in _sources(data) if where == s or (alone and where == s.rpartition(":")[2])), None)
     if whole:
         return whole
     file, _, line = where.rpartition(":")

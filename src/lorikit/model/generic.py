@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,7 @@ class GenericEngine:
         self.has_adapter = model is not self.base
         self._inner = {ADAPTER: ADAPTER} if self.has_adapter else {}  # the names of adapters -> peft's names for them
         self._num_added = 0
+        self._answering = RLock()
         self.device = sharded_on or self.base.get_input_embeddings().weight.device
         # peft calls the base's forward past the hooks that gather its shards; its layers are in the base in any case
         self._call: Any = self.base if self.sharded else model
@@ -158,20 +160,21 @@ class GenericEngine:
     def generating(self, adapter: str | None) -> Iterator[PreTrainedModel | PeftModel]:
         """The model, which inside it is as transformers' generate wants it, with a loaded adapter or as the base alone."""
         if adapter is None:
-            with self.without_adapter(), self._as_generate_wants() as model:
+            with self._answering, self.without_adapter(), self._as_generate_wants() as model:
                 yield model
             return
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        peft_model: Any = self.model
-        before = peft_model.active_adapter
-        peft_model.set_adapter(self._inner[adapter], inference_mode=True)
-        try:
-            with self._as_generate_wants() as model:
-                yield model
-        finally:
-            peft_model.set_adapter(before, inference_mode=True)
-            for parameter in trained:
-                parameter.requires_grad_(True)
+        with self._answering:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            peft_model: Any = self.model
+            before = peft_model.active_adapter
+            peft_model.set_adapter(self._inner[adapter], inference_mode=True)
+            try:
+                with self._as_generate_wants() as model:
+                    yield model
+            finally:
+                peft_model.set_adapter(before, inference_mode=True)
+                for parameter in trained:
+                    parameter.requires_grad_(True)
 
     @contextmanager
     def _as_generate_wants(self) -> Iterator[PreTrainedModel | PeftModel]:
@@ -194,17 +197,18 @@ class GenericEngine:
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Load the PEFT adapter in `folder` beside the others, or in place of the one with this name; ModelError lists what
-        does not fit."""
-        inner = f"added_{self._num_added}"  # peft's name for it: any text is a name here, not there
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.model = lora.load_adapter(self.model, folder, trainable=False, name=inner)
-        self.has_adapter = True
-        self._num_added += 1
-        for parameter in trained:  # peft looks for its names anywhere in those of parameters
-            parameter.requires_grad_(True)
-        before, self._inner[name] = self._inner.get(name), inner
-        if before is not None:
-            self.model.delete_adapter(before)
+        does not fit. Another thread's answer ends first: peft switches the adapters of all layers."""
+        with self._answering:
+            inner = f"added_{self._num_added}"  # peft's name for it: any text is a name here, not there
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.model = lora.load_adapter(self.model, folder, trainable=False, name=inner)
+            self.has_adapter = True
+            self._num_added += 1
+            for parameter in trained:  # peft looks for its names anywhere in those of parameters
+                parameter.requires_grad_(True)
+            before, self._inner[name] = self._inner.get(name), inner
+            if before is not None:
+                self.model.delete_adapter(before)
 
     def _logits(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of float32 logits (n, V) and targets (n,), which together are the batch's labelled positions in order."""

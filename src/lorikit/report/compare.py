@@ -11,20 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorikit.config import load_config
 from lorikit.data.audit import DataSet, Prepared, audit, fingerprint, read
-from lorikit.data.read import Rows
 from lorikit.data.values import Conversation, Example, Message
 from lorikit.errors import LorikitError
 from lorikit.hub import resolve_data
 from lorikit.infer.generate import answer
-from lorikit.infer.session import Session, open_run
+from lorikit.infer.session import Session, locate, open_run
 from lorikit.model.engine import Sampling
 from lorikit.report.curves import read_curve
 from lorikit.report.losses import both, fit, row_losses, spaced, summed, within
@@ -146,7 +144,7 @@ def _measure(
         panel=panelled,
         near_copies=near_copies(answers, trained_rows),
         worst=sorted(sides[1], key=lambda row: -row.tuned / row.tokens)[:_WORST],
-        curve=curve_of(run, session.config.eval.load_best_model_at_end),
+        curve=curve_of(locate(run).adapter or run, session.config.eval.load_best_model_at_end),
         max_new_tokens=longest,
         rows_sha256=_digest(rows) if rows else None,
         tokens_sha256=fingerprint(looked_at) if looked_at else None,
@@ -166,7 +164,7 @@ def _rows(run: Path | None, session: Session, unknown: list[str]) -> tuple[DataS
         names = [config.data.train] if isinstance(config.data.train, str) else config.data.train
         paths = [resolve_data(name, hub=config.model.hub).path for name in names]
         held = [resolve_data(config.eval.data, hub=config.model.hub).path] if config.eval.data else None
-        data = _told_apart(read(paths, held, config.data))
+        data = read(paths, held, config.data)
         prepared = audit(data, config.data, config.eval, session.encoder)
     except LorikitError as error:
         unknown.append(
@@ -185,22 +183,6 @@ def _rows(run: Path | None, session: Session, unknown: list[str]) -> tuple[DataS
             "no row was held out, so that nobody can say how the model does on rows it has not seen; set eval.eval_size"
         )
     return data, prepared
-
-
-def _told_apart(data: DataSet) -> DataSet:
-    """The rows with a source each: those of a file in one line all begin on it, and are numbered here."""
-    rows = [row for part in (data.train, data.eval) if part for row in part.conversations]
-    times, numbers = Counter(row.source for row in rows), Counter[str]()
-
-    def named(part: Rows) -> Rows:
-        apart = []
-        for row in part.conversations:
-            numbers[row.source] += 1
-            name = f"{row.source} (row {numbers[row.source]})" if times[row.source] > 1 else row.source
-            apart.append(replace(row, source=name))
-        return Rows(apart, part.rejects, part.num_rows)
-
-    return DataSet(named(data.train), named(data.eval) if data.eval else None, data.files)
 
 
 def _losses(session: Session, examples: Sequence[Example], budget: Budget) -> list[RowLoss]:

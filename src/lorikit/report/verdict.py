@@ -64,7 +64,7 @@ def judge(found: Comparison) -> Verdict:
     if first == "learned" and found.curve and _risen(found.curve.last, found.curve.lowest) > MOST_RISEN:
         advice.append(
             f"the steps after {found.curve.lowest_step} were in vain: train.num_train_epochs: "
-            f"{max(0.1, round(found.curve.epoch_of_lowest, 1)):g} reaches the same adapter"
+            f"{max(0.1, round(found.curve.epoch_of_lowest, 1)):g} would have been about enough"
         )
     sentence = " ".join(_SENTENCES[word] for word in words)
     if words == ("unproven",) and found.trained is None:
@@ -83,7 +83,7 @@ def _first_word(found: Comparison) -> Word | None:
         return "unproven"
     if _ignores_questions(found):
         return "not learned"
-    risen = found.curve is not None and _risen(found.curve.saved, found.curve.lowest) > MOST_RISEN
+    risen = found.curve is not None and _saved_late(found.curve)
     if risen or not held_out.is_better or _carried(trained, held_out) < LEAST_CARRIED:
         return "overfitted"
     return "learned"
@@ -96,6 +96,11 @@ def _ignores_questions(found: Comparison) -> bool:
 
 def _carried(trained: Losses, held_out: Losses) -> float:
     return held_out.gain / trained.gain
+
+
+def _saved_late(curve: Curve) -> bool:
+    """Whether the adapter is from after the lowest held-out loss, which has risen; one from before has more to learn."""
+    return curve.saved_step > curve.lowest_step and _risen(curve.saved, curve.lowest) > MOST_RISEN
 
 
 def _risen(loss: float, lowest: float) -> float:
@@ -155,8 +160,8 @@ def _curve_reasons(curve: Curve | None) -> list[Reason]:
         rose = f"; by step {curve.last_step} it rose to {curve.last:.3f}, {100 * after:.0f} % more"
         later = after > MOST_RISEN_LATER
         return [Reason(f"{text}: that adapter is the one saved{rose if later else ''}", "bad" if later else "good")]
-    text += f"; saved is step {curve.saved_step} with {curve.saved:.3f}, {100 * risen:.0f} % more"
-    return [Reason(text, "bad" if risen > MOST_RISEN else "plain")]
+    text += f"; this one is of step {curve.saved_step} with {curve.saved:.3f}, {100 * risen:.0f} % more"
+    return [Reason(text, "bad" if _saved_late(curve) else "plain")]
 
 
 def _panel(found: Comparison) -> tuple[bool, Reason]:

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from lorikit import __version__
@@ -156,6 +157,7 @@ def _add_completions(app: FastAPI, models: Models, answering: Answering) -> None
                 chunks(job, include_usage=usage),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+                background=BackgroundTask(_end, job),  # where the client had gone before the first piece was asked for
             )
         answer = await _unless_hung_up(request, job)
         return Response(status_code=HUNG_UP) if answer is None else JSONResponse(answer)
@@ -241,6 +243,11 @@ def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
         return told(request, ApiError(500, f"internal error: {type(error).__name__}"))
+
+
+async def _end(job: Job) -> None:
+    """Free its slot, if it has one still; on the event loop, which a plain function would not be called on."""
+    job.flight.cancel()
 
 
 def _explained(error: RequestValidationError) -> ApiError:

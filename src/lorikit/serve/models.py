@@ -93,12 +93,13 @@ def open_models(runs: Sequence[str], device: str = "auto", *, merge: bool = Fals
     first = next(iter(placed.values()))
     engine = load_engine(first.config.model, first.base, adapter=first.adapter)
     served: dict[str, Served] = {}
-    for name, located in placed.items():
+    for number, (name, located) in enumerate(placed.items()):
         encoder = located.encoder()
-        adapter = engine.adapter_names()[0] if located is first else name
+        # A run may have any name, also that of the first one's adapter.
+        adapter = engine.adapter_names()[0] if located is first else f"run {number}"
         if located is not first:
             assert located.adapter is not None
-            engine.add_adapter(name, located.adapter)
+            engine.add_adapter(adapter, located.adapter)
         served[name] = Served(name, adapter, encoder, paths[name], located.adapter, (*located.notes, *encoder.notes))
     base = public_name(first.base.name)
     if base in served:

@@ -15,7 +15,7 @@ from types import FrameType
 
 import uvicorn
 
-from lorikit.errors import ConfigError, LorikitError, OutOfMemoryError
+from lorikit.errors import ConfigError, OutOfMemoryError
 from lorikit.infer.session import locate
 from lorikit.model.engine import Decoding, Engine
 from lorikit.serve.app import make_app
@@ -146,6 +146,7 @@ def _slots(engine: Engine, asked: int | None, length: int) -> Callable[[], Decod
 async def watch(models: Models, say: Callable[[str], None]) -> None:
     """Load what a run that trains has written since, without end: each newer checkpoint in place of the one before."""
     seen = {served.name: served.folder for served in models.served.values()}
+    told: dict[str, str] = {}
     while True:
         await asyncio.sleep(_WATCH_SECONDS)
         for served in models.served.values():
@@ -155,11 +156,13 @@ async def watch(models: Models, say: Callable[[str], None]) -> None:
                 newest = (await asyncio.to_thread(locate, served.run)).adapter
                 if newest == seen[served.name] or newest is None:
                     continue
-                seen[served.name] = newest
                 await asyncio.to_thread(models.engine.add_adapter, served.adapter, newest)
+                seen[served.name] = newest
                 say(f"{served.name} is now {newest}")
-            except LorikitError as error:  # the one before goes on being served
-                say(f"{served.name}: {error}")
+            except Exception as error:  # the one before goes on being served; a GPU may have room at another time
+                if told.get(served.name) != str(error):
+                    say(f"{served.name}: {error}")
+                told[served.name] = str(error)
 
 
 class Server(uvicorn.Server):

@@ -116,18 +116,19 @@ class Worker:
 
     def _run(self) -> None:
         numbers: dict[int, Ticket] = {}
-        while True:
+        failed: Exception | None = None
+        while failed is None or self._renew(failed):
             try:
-                if not self._obey(numbers):
-                    break
-                if numbers:
-                    self._hand_over(numbers, self._decoding.step())
+                failed = None
+                while self._obey(numbers):
+                    if numbers:
+                        self._hand_over(numbers, self._decoding.step())
+                self._decoding.close()
+                return
             except Exception as error:  # whatever the engine raises: those it concerns are told, the server goes on
-                self._give([(ticket, error) for ticket in numbers.values()])
+                failed = error.with_traceback(None)  # whose frames hold the memory that is given back
+                self._give([(ticket, failed) for ticket in numbers.values()])
                 numbers.clear()
-                if not self._renew(error):
-                    break
-        self._decoding.close()
 
     def _obey(self, numbers: dict[int, Ticket]) -> bool:
         """Do what was ordered; waits for an order while there is nothing to decode. False to stop."""
@@ -172,6 +173,7 @@ class Worker:
         try:
             self._decoding.close()
             self._decoding = self._make()
+            self.num_slots = self._decoding.num_slots
         except Exception as again:
             self.broken = again
             self._give([(ticket, error) for ticket in list(self._open)])

@@ -133,6 +133,11 @@ class Ranks:
         """For what this rank alone knows: rank 0 says it to `report`, the others to stderr with their number."""
         return report if self.first else lambda text: print(f"[rank {self.rank}] {text}", file=sys.stderr)  # noqa: T201
 
+    def part(self) -> None:
+        """After the last exchange: from here on nobody waits for another, however long one takes."""
+        if self.pulse:
+            self.pulse.stop()
+
     def lost(self) -> str:
         """Which machine is lost, for somebody who will end this process because of it; empty while all are there."""
         return self.pulse.take() if self.pulse else ""
@@ -190,7 +195,8 @@ def _watched() -> Iterator[None]:
         words = str(error)
         if not any(part in words for part in ("onnection", "imed out", "imeout", "Broken pipe", "remote process")):
             raise
-        raise LostRank("its connection broke" if "imeout" not in words else "it gave no answer") from None
+        late = "imeout" in words or "imed out" in words
+        raise LostRank("it gave no answer" if late else "its connection broke") from None
 
 
 class AgreedSignals:

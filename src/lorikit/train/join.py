@@ -45,9 +45,10 @@ def join(signals: Signals) -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    ranks = _connect()
+    ranks, failed = _connect(), True
     try:
         yield ranks
+        failed = False
     except LorikitError as error:
         signals.hold()
         _end_as_one(ranks, error)
@@ -60,7 +61,7 @@ def join(signals: Signals) -> Iterator[Ranks]:
     finally:
         if ranks.pulse:
             ranks.pulse.stop()
-        if ranks.lost():
+        if failed and ranks.lost():
             atexit.register(_leave)  # without what waits for the lost machine in threads of torch's
         else:
             with suppress(RuntimeError):

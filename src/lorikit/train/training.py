@@ -340,6 +340,7 @@ class Training:
                     self.encoder.save_tokenizer(staged)
         if self.ranks.active:
             self.ranks.wait()
+            self.ranks.part()
         which = f"of step {best}, which has the lowest held-out loss" if best is not None else "of the last step"
         self.report.say(f"wrote {self.run_folder / ADAPTER_FOLDER}, {which}")
 
