@@ -126,7 +126,8 @@ def test_twenty_steps_packed_or_split_give_the_adapter_of_the_trainer(engine, da
     assert losses[-1] < 0.7 * losses[0], "it must have learnt something, or equality means little"
     assert split_losses == pytest.approx(losses[:SPLIT_STEPS], rel=1e-5)
     assert peer_losses == pytest.approx(losses, rel=2e-4)  # the Trainer logs four decimals
-    assert difference(split[-1], packed[SPLIT_STEPS - 1]) < 1e-4
-    # The decoder adds in another order than the peer. AdamW's first steps divide each gradient by its own size, which
-    # makes the rounding of the smallest ones as large as anything else.
-    assert difference(packed[-1], peer_adapter) < (1e-4 if engine == "generic" else 5e-4)
+    # The decoder adds in another order than the peer, and in another one for other forwards. AdamW's first steps divide each
+    # gradient by its own size, which makes the rounding of the smallest ones as large as anything else.
+    bound = 1e-4 if engine == "generic" else 5e-4
+    assert difference(split[-1], packed[SPLIT_STEPS - 1]) < bound
+    assert difference(packed[-1], peer_adapter) < bound
