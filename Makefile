@@ -29,8 +29,13 @@ setup: $(VENV)/.ready-test
 demo: $(VENV)/.ready-demo
 	@$(RUN) examples/demo.py
 
-test: check
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
+# Types are checked beside the tests, and told after them.
+test: $(VENV)/.ready-test
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal; tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/mypy.log; exit $$((tests | types))
 
 check: $(VENV)/.ready-test
 	@$(RUN) -m ruff check .
