@@ -28,7 +28,8 @@ COMMANDS = [
 ]
 
 NAMES = [
-    "/v1/models", '"max_tokens": 32}', '"stream": true', "/health", "/metrics", "history", "client_openai", "client_langchain", "llm -m",
+    "/v1/models", '"max_tokens": 32}', '"stream": true', "/health", "/metrics", "history",
+    "client_openai", "client_langchain", "llm -m",
     "merge", "doctor", "export",
 ]  # fmt: skip
 
