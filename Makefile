@@ -15,7 +15,7 @@ USABLE := $(shell test ! -e $(VENV)/.unfinished && test "$$(cat $(VENV)/.made-in
 	&& $(RUN) -c 'import pip' 2>/dev/null && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check docs FORCE
+.PHONY: help setup demo test check lint docs FORCE
 
 help:
 	@echo "make demo    a small real model learns a persona on this machine and answers in it"
@@ -30,17 +30,17 @@ demo: $(VENV)/.ready-demo
 	@$(RUN) examples/demo.py
 
 # Types are checked beside the tests, and told after them.
-test: $(VENV)/.ready-test
-	@$(RUN) -m ruff check .
-	@$(RUN) -m ruff format --check .
+test: lint
 	@$(RUN) -m mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/mypy.log; exit $$((tests | types))
 
-check: $(VENV)/.ready-test
+check: lint
+	@$(RUN) -m mypy
+
+lint: $(VENV)/.ready-test
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m mypy
 
 docs: $(VENV)/.ready-test
 	@$(RUN) docs/settings.py

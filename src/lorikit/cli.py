@@ -167,8 +167,8 @@ def plan(
     """What RUN.yaml will need, before anything is loaded: engine, steps, memory by part, time, and what to change.
 
     Reads the rows as train does, of the model only config.json and the weights' headers (a model that is not on this machine
-    is downloaded first, whole). A run that does not fit is answered
-    with settings that do, with their figures; exits with 6 if not even one row a forward fits.
+    is downloaded first, whole). A run that does not fit is answered with settings that do, with their figures; exits with 6
+    if not even one row a forward fits.
 
     Parameters
     ----------

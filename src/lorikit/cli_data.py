@@ -14,12 +14,11 @@ from cyclopts import Parameter
 from lorikit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorikit.config import DataConfig, RunConfig
+    from lorikit.config import DataConfig
     from lorikit.data.account import DataReport
     from lorikit.data.build import Built
     from lorikit.data.material import Material
     from lorikit.data.records import Reading
-    from lorikit.data.view import Check
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON document on stdout.")]
@@ -96,9 +95,11 @@ def check(
     fix
         Write the mended rows here (.json, .jsonl, .csv, .tsv), and to FIX.changes.jsonl what was done to others and why.
     """
+    from lorikit.api import check as check_rows
     from lorikit.config import load_config
     from lorikit.data.fix import check_suffix
     from lorikit.data.view import render
+    from lorikit.hub import resolve_data
 
     files, flags = split_flags(arguments)
     if not files:
@@ -110,31 +111,17 @@ def check(
     config = load_config(
         flags=flags, model={"name_or_path": model}, data={"train": files}, train={"output_dir": "none"}
     )
-    checked, paths = _check(config, files, show, row)
+    checked = check_rows(config, show=show, row=row)
     result = checked.to_dict() if as_json else {}
     if not as_json:
         render(checked)
     if fix:
+        paths = [resolve_data(name, hub=config.model.hub).path for name in files]
         result["fix"] = _fix(paths, config.data, checked.report, fix)
     if as_json:
         print_json(result)
     if checked.refused:
         raise SystemExit(3)
-
-
-def _check(config: RunConfig, files: Sequence[str], show: int, row: str | None) -> tuple[Check, list[Path]]:
-    """What `check` finds in the files, and where they are on this machine."""
-    from lorikit.data.encode import Encoder
-    from lorikit.data.view import check
-    from lorikit.hub import resolve_data, resolve_model
-    from lorikit.model.load import load_tokenizer, stop_ids
-
-    base = resolve_model(config.model.name_or_path, revision=config.model.revision, hub=config.model.hub)
-    tokenizer = load_tokenizer(base.path, trust_remote_code=config.model.trust_remote_code)
-    encoder, hub = Encoder(tokenizer, config.data, stop_ids(base.path)), config.model.hub
-    paths = [resolve_data(name, hub=hub).path for name in files]
-    held_out = [resolve_data(config.eval.data, hub=hub).path] if config.eval.data else None
-    return check(paths, config, encoder, eval_paths=held_out, show=show, row=row), paths
 
 
 def _changes(out: Path) -> Path:

@@ -35,6 +35,8 @@ class Session:
     has_adapter: bool
     merged: bool = False
     """Whether the adapter is folded into the base, which is then not there alone."""
+    adapter: Path | None = None
+    """The folder that the adapter came from: of an unfinished run its newest whole checkpoint."""
     notes: tuple[str, ...] = ()
 
 
@@ -93,6 +95,7 @@ def open_run(
         max_length=longest(located.base.path),
         has_adapter=located.adapter is not None and not merge,
         merged=merge,
+        adapter=located.adapter,
         notes=(*located.notes, *encoder.notes),
     )
 

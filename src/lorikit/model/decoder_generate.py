@@ -249,9 +249,8 @@ class DecoderDecoding:
     def _host_rows(self, going: Sequence[_Active]) -> HostRows:
         """What a CPU computes with, for requests in the order of their adapters."""
         loaded, groups, first = self._engine.adapters(), [], 0
-        self._on_host = {
-            a: made for a, made in self._on_host.items() if a in loaded.values()
-        }  # not those replaced since
+        for replaced in self._on_host.keys() - set(loaded.values()):
+            del self._on_host[replaced]
         for group in _by_adapter(going):
             adapter = loaded.get(group[0].request.adapter or "")
             if adapter is not None:

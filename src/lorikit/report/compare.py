@@ -22,7 +22,7 @@ from lorikit.data.values import Conversation, Example, Message
 from lorikit.errors import LorikitError
 from lorikit.hub import resolve_data
 from lorikit.infer.generate import answer
-from lorikit.infer.session import Session, locate, open_run
+from lorikit.infer.session import Session, open_run
 from lorikit.model.engine import Sampling
 from lorikit.report.curves import read_curve
 from lorikit.report.losses import both, fit, row_losses, spaced, summed, within
@@ -144,7 +144,7 @@ def _measure(
         panel=panelled,
         near_copies=near_copies(answers, trained_rows),
         worst=sorted(sides[1], key=lambda row: -row.tuned / row.tokens)[:_WORST],
-        curve=curve_of(locate(run).adapter or run, session.config.eval.load_best_model_at_end),
+        curve=curve_of(session.adapter or run, session.config.eval.load_best_model_at_end),
         max_new_tokens=longest,
         rows_sha256=_digest(rows) if rows else None,
         tokens_sha256=fingerprint(looked_at) if looked_at else None,

@@ -280,7 +280,7 @@ async def chunks(job: Job, *, include_usage: bool) -> AsyncGenerator[str]:
         job.metrics.count("lorikit_requests_total", model=job.served.name, status="500")
         yield f"data: {json.dumps(engine_error(error).body())}\n\n"
     finally:
-        job.flight.cancel()  # also when no piece was ever asked for
+        job.flight.cancel()  # where a piece was asked for; else the response's background does it
 
 
 def engine_error(error: Exception) -> ApiError:
