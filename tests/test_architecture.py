@@ -82,6 +82,8 @@ LAYERS = [
         "lorikit.model.generic",
         "lorikit.model.kernels",
         "lorikit.model.kernels.adamw",
+        "lorikit.model.kernels.attention",
+        "lorikit.model.kernels.attention_triton",
         "lorikit.model.kernels.decode_attention",
         "lorikit.model.kernels.dropout",
         "lorikit.model.kernels.fp8",

@@ -27,6 +27,7 @@ from tiny_decoder import (
     rows,
     save,
     settings,
+    take_short_attention,
 )
 
 
@@ -164,8 +165,11 @@ def test_how_much_the_layers_keep_changes_no_gradient(family, targets, tmp_path)
             assert torch.equal(got[name], want) and want.abs().max() > 0, (level, name)
 
 
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2 with windows above", "qwen3 with biases"])
-def test_tokens_that_all_rows_begin_with_are_computed_once_and_change_nothing(family, tmp_path):
+def test_tokens_that_all_rows_begin_with_are_computed_once_and_change_nothing(family, short, tmp_path, monkeypatch):
+    if short:
+        take_short_attention(monkeypatch)
     base = save(tmp_path, family, num_hidden_layers=3)
     engine = load_engine(settings(), base, new_adapter=LoraSettings(lora_dropout=0.0, target_modules="all-linear"))
     randomize_b(engine)

@@ -11,7 +11,7 @@ from lorikit.data.values import IGNORE, Example
 from lorikit.model.decoder_batch import lay_out
 from lorikit.model.decoder_graph import bucket_of, fill_bucket
 from lorikit.model.load import load_engine
-from tiny_decoder import gradients, randomize_b, rows, save, settings
+from tiny_decoder import gradients, randomize_b, rows, save, settings, take_short_attention
 
 
 def engine_for(folder, dropout=0.0, **changes):
@@ -54,12 +54,15 @@ def test_a_bucket_holds_its_batch_and_is_one_of_few(shared):
     assert len(set(buckets)) < len(several) * 0.8
 
 
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("more", [(0, 0, 0), (128, 0, 0), (256, 128, 16)])
-def test_a_filled_bucket_gives_the_loss_and_gradients_of_the_batch(more, shared, tmp_path):
+def test_a_filled_bucket_gives_the_loss_and_gradients_of_the_batch(more, shared, short, tmp_path, monkeypatch):
     engine = engine_for(tmp_path)
     batch = pack(sharing(rows(6)) if shared else rows(6))
     want_loss, want = gradients(engine, batch)
+    if short:
+        take_short_attention(monkeypatch)
     bucket = bucket_of(lay_out(batch))
     bucket = replace(
         bucket, tokens=bucket.tokens + more[0], labels=bucket.labels + more[1], sequences=bucket.sequences + more[2]

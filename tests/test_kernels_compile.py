@@ -14,6 +14,7 @@ HEADS = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_HEADS": 32, "BLOCK_KV_HE
 ROWS = {"WIDTH": 4096, "ROWS": 1, "COLUMNS": 4096, "ADD": True}
 B = {"MODULES": 3, "RANK": 8, "BLOCK_RANK": 16, "TOKENS": 64, "COLUMNS": 128}
 ROW_LORA = {"MODULES": 3, "RANK": 8, "BLOCK_RANK": 8, "SHARES": 8, "BLOCK_SHARES": 8}
+ATTENTION = {"WIDTH": 128, "SEQUENCES": 32, "BLOCK": 64, "BLOCK_WIDTH": 128}
 LAUNCHES = {
     "rmsnorm._forward_kernel": ("*x *x *x *x *x i32 fp32 i32 i32 i32", ROWS),
     "rmsnorm._backward_kernel": ("*x *x *x *x *x i32 fp32 i32 i32 i32 i32 i32 i32 i32", ROWS),
@@ -60,6 +61,18 @@ LAUNCHES = {
         "*x *x *x *x *fp32 *x *fp32 *i64 i32 i32 i32",
         ROW_LORA | {"BIAS": True, "WIDTH": 4096, "ROWS": 4, "INPUTS": 1024},
     ),
+    "attention_triton.forward_kernel": (
+        "*x *x *x *x *fp32 *i32 *i32 i32 i32 i32 i32 fp32 i32 i32 i32",
+        ATTENTION | {"HEADS": 32, "GROUP": 4},
+    ),
+    "attention_triton.backward_kernel": (
+        "*x *x *x *x *x *fp32 *x *x *x *fp32 *i32 *i32 i32 i32 i32 i32 fp32 fp32 i32 i32 i32 i32 i32 i32 i32 i32",
+        ATTENTION | {"HEADS": 32, "GROUP": 4},
+    ),
+    "attention_triton.shared_kernel": (
+        "*fp32 *x *x *i32 *i32 i32 i32 i32 i32",
+        {"SIZE": 1024, "TOGETHER": 16, "COLUMNS": 128},
+    ),
     "fp8._transpose_kernel": ("*u8 *u8 i32 i32", {"TILE": 128}),
 }
 
@@ -71,6 +84,7 @@ def kernel_named(name):
 
 def test_every_kernel_is_among_the_launches():
     modules = (
+        "attention_triton",
         "rmsnorm",
         "rope",
         "swiglu",

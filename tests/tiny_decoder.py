@@ -17,7 +17,7 @@ from transformers import (
 from lorikit.config import ModelConfig
 from lorikit.data.values import IGNORE, Example
 from lorikit.hub import Resolved
-from lorikit.model import lora
+from lorikit.model import lora, packed_attention
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
@@ -127,3 +127,10 @@ def gradients(engine, batch):
     loss = engine.loss_sum(batch)
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in zip(engine.parameter_names(), engine.parameters(), strict=True)}
+
+
+def take_short_attention(monkeypatch):
+    """Have the decoder call the attention that a GPU takes for short rows, in its torch reference."""
+    monkeypatch.setattr(packed_attention, "is_varlen", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "runs_kernel", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "_varlen", None)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorikit.data.values import Batch
 from lorikit.model import decoder_loss
 from lorikit.model.decoder_adapter import Adapter, read_adapter
-from lorikit.model.decoder_batch import Packed, cut_to_labels, lay_out
+from lorikit.model.decoder_batch import Packed, cut_to_labels, lay_out, two_rows
 from lorikit.model.decoder_config import DecoderShape, inverse_frequencies
 from lorikit.model.decoder_generate import DecoderDecoding, stream_tokens
 from lorikit.model.decoder_graph import Bucket, Inputs, StepGraphs, bucket_of, fill_bucket
@@ -29,6 +29,7 @@ from lorikit.model.decoder_memory import Keep, choose
 from lorikit.model.decoder_offload import HostCopies
 from lorikit.model.decoder_weights import Weights
 from lorikit.model.engine import ADAPTER, BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
+from lorikit.model.kernels.launch import Compiling, compiling_ahead
 from lorikit.model.packed_attention import attend, is_varlen
 
 GRAPH_TOKENS = 8192  # in larger batches the GPU computes longer than Python takes to start its kernels
@@ -65,6 +66,7 @@ class DecoderEngine:
         self._graphs: StepGraphs | None = None
         self._others: dict[str, Adapter] = {}  # added after loading, by name; "default" here replaces the first one
         self.decode_graphs = self.decode_kernels = True  # on a GPU; tests and benchmarks switch them off to compare
+        self._compiling: Compiling | None = None
         # In float32 the attention goes sequence by sequence, which a graph of fixed shapes cannot.
         self._takes_graphs = graphs and is_varlen(weights.embed, shape.head_dim)
 
@@ -229,13 +231,44 @@ class DecoderEngine:
             x = run_layer(x, layer, step)
         return x
 
+    def rehearse(self) -> None:
+        """Have the kernels of a training step compiled in threads, which takes seconds; the weights need not be there yet.
+
+        What they are is found by a step over two short rows through layers of each kind, in which none is started.
+        """
+        layers, training = self.layers, self.training
+        chosen = {layer.number: layer for layer in (layers[0], layers[min(1, len(layers) - 1)], layers[-1])}
+        self.layers, self.training = list(chosen.values()), True
+        batch = two_rows()
+        at = lay_out(batch)
+        assert at is not None
+        bucket = bucket_of(at)
+        inputs = fill_bucket(batch, at, bucket).on(self.device)
+        try:
+            with compiling_ahead() as self._compiling:
+                packed = inputs.packed(bucket.longest) if self._takes_graphs else cut_to_labels(batch, self.device)
+                assert packed is not None
+                torch.autograd.grad(self._loss_sum(packed, inputs.seed), self.parameters(), allow_unused=True)
+        finally:
+            self.layers, self.training, self._free = layers, training, 0
+
+    def _await_kernels(self) -> None:
+        if self.device.type != "cuda":
+            return
+        if self._compiling is None:
+            self.rehearse()
+        assert self._compiling is not None
+        self._compiling.wait()
+
     def _eager_gradient(self, batch: Batch) -> Tensor:
+        self._await_kernels()
         loss = self.loss_sum(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _graphed_gradient(self, bucket: Bucket, filled: Inputs) -> Tensor:
         if self._graphs is None:
+            self._await_kernels()
             self._graphs = StepGraphs(self.parameters(), self.device)
         try:
             return self._graphs.add_gradient(self._loss_sum, bucket, filled, self._draw_seed())
@@ -269,7 +302,6 @@ class DecoderEngine:
             sin=sin,
             position_ids=packed.position_ids,
             attend=attend_within,
-            longest=packed.sequences.longest_k,
             last=packed.last,
             p=p,
             seed=seed,

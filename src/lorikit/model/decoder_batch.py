@@ -89,6 +89,23 @@ def lay_out(batch: Batch) -> Layout | None:
     )
 
 
+def two_rows() -> Batch:
+    """Two rows with a common beginning and labels: what is done with them is done with all rows."""
+    length, shared, labelled = 64, 32, 16
+    targets = torch.full((2, length), IGNORE)
+    targets[:, -labelled:] = 1
+    input_ids = torch.zeros(2, length, dtype=torch.int64)
+    input_ids[1, shared:] = 1
+    return Batch(
+        input_ids=input_ids.flatten(),
+        position_ids=torch.arange(length).repeat(2),
+        cu_seqlens=torch.tensor([0, length, 2 * length], dtype=torch.int32),
+        targets=targets.flatten(),
+        max_seqlen=length,
+        num_targets=2 * labelled,
+    )
+
+
 def cut_to_labels(batch: Batch, device: torch.device) -> Packed | None:
     """The batch on `device` without what no loss depends on; None when nothing is labelled."""
     at = lay_out(batch)
@@ -100,19 +117,19 @@ def cut_to_labels(batch: Batch, device: torch.device) -> Packed | None:
     cu_q = torch.cat([zero, zero + at.prefix, at.ends]) if at.prefix else torch.cat([zero, at.ends])
     cu_rows = torch.cat([zero, at.lengths.cumsum(0)])  # of the sequences' keys
     longest_q, longest_k = int((at.ends - at.firsts).max()), int(at.lengths.max())
-    keys = last_keys = None
-    if at.prefix:
-        index = key_index(at)
-        own, copies = keys_of_tokens(at)
-        last_keys = _keys_on(device, index, own, copies)
-        front = torch.arange(at.prefix)
-        keys = _keys_on(
-            device, torch.cat([front, index]), own + at.prefix, torch.cat([front[None], copies + at.prefix])
-        )
 
     def there(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
+    keys = last_keys = None
+    if at.prefix:
+        index = key_index(at)
+        own, copies = keys_of_tokens(at)
+        cu = there(cu_q.to(torch.int32))
+        last_keys = Keys(there(index), there(own), there(copies), cu[1:], 0)
+        front = torch.arange(at.prefix)
+        index, copies = torch.cat([front, index]), torch.cat([front[None], copies + at.prefix])
+        keys = Keys(there(index), there(own + at.prefix), there(copies), cu, 1)
     on_q, on_rows = there(cu_q.to(torch.int32)), there(cu_rows.to(torch.int32))
     on_k = there(torch.cat([zero, cu_rows + at.prefix]).to(torch.int32)) if at.prefix else on_rows
     last = Rows(there(rows), None if everything else there(torch.searchsorted(rows, at.labelled)), there(at.labelled))
@@ -140,10 +157,6 @@ def keys_of_tokens(at: Layout) -> tuple[Tensor, Tensor]:
     begins = at.lengths.cumsum(0) - at.lengths
     own, _ = _ranges(begins + at.prefix, begins + at.lengths)
     return own, begins[:, None] + torch.arange(at.prefix)[None]
-
-
-def _keys_on(device: torch.device, index: Tensor, own: Tensor, copies: Tensor) -> Keys:
-    return Keys(*(t.to(device, non_blocking=True) for t in (index, own, copies)))
 
 
 def _shared(input_ids: Tensor, starts: Tensor, most: int) -> int:

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from lorikit.data.values import IGNORE, Batch
 from lorikit.model.decoder_batch import Layout, Packed, key_index, keys_of_tokens
 from lorikit.model.decoder_layer import Rows
-from lorikit.model.kernels.launch import CAPTURING, compiling_ahead
+from lorikit.model.kernels.launch import CAPTURING
 from lorikit.model.packed_attention import Keys, Sequences
 
 # Tokens are rounded up to the first below the second, to the third from there on: what that adds to a few hundred steps costs
@@ -82,9 +82,13 @@ class Inputs:
     copies: Tensor
     seed: Tensor
 
+    def on(self, device: torch.device) -> Inputs:
+        """A copy there."""
+        return Inputs(**{field.name: getattr(self, field.name).to(device) for field in fields(Inputs)})
+
     def packed(self, longest: int) -> Packed:
         """The same as the layers take it: every token asks a query in the last layer too."""
-        keys = Keys(self.index, self.own, self.copies) if len(self.index) else None
+        keys = Keys(self.index, self.own, self.copies, self.cu_q, 1) if len(self.index) else None
         sequences = Sequences(self.cu_q, self.cu_k, longest, longest, keys)
         last = Rows(None, self.outputs, self.outputs)
         return Packed(self.input_ids, self.position_ids, sequences, sequences, last, self.targets)
@@ -169,17 +173,14 @@ class StepGraphs:
         return self._loss.clone()
 
     def _capture(self, compute: Compute, bucket: Bucket, filled: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs]:
-        inputs = Inputs(**{f.name: getattr(filled, f.name).to(self._device) for f in fields(Inputs)})
+        inputs = filled.on(self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            if not self._warm:  # kernels are compiled and libraries started outside of any graph
-                with compiling_ahead():
-                    torch.autograd.grad(compute(inputs.packed(bucket.longest), inputs.seed), self._parameters)
+            if not self._warm:  # libraries are started outside of any graph
                 torch.autograd.grad(compute(inputs.packed(bucket.longest), inputs.seed), self._parameters)
                 self._warm = True
                 torch.cuda.synchronize(self._device)
                 torch.cuda.empty_cache()  # the graphs have a pool of their own: without this the memory is taken twice
-            torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             # Not torch.cuda.graph: it empties torch's cache for each graph, which is slow.
             with CAPTURING, _no_collection():

@@ -32,7 +32,7 @@ from lorikit.model.kernels.lora_b import add_lora_b, lora_b_backward
 from lorikit.model.kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_backward
 from lorikit.model.kernels.rope import rope, rope_backward
 from lorikit.model.kernels.swiglu import swiglu, swiglu_backward
-from lorikit.model.packed_attention import in_order
+from lorikit.model.packed_attention import side_by_side
 
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 
@@ -65,14 +65,13 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of one forward share. `attend` is called as attend(layer, q, k, v), `longest` is its longest sequence;
-    `last` is of the last layer; `keep` has a level for each layer, and `host` is where inputs go at the lowest."""
+    """What all layers of one forward share. `attend` is called as attend(layer, q, k, v); `last` is of the last layer; `keep`
+    has a level for each layer, and `host` is where inputs go at the lowest."""
 
     cos: Tensor
     sin: Tensor
     position_ids: Tensor
     attend: Attend
-    longest: int = 0
     last: Rows | None = None
     p: float = 0.0
     seed: int | Tensor = 0
@@ -243,18 +242,19 @@ def _attention_backward(
     if rows is not None and rows.labelled is not None:
         # A bucket's spare rows name a label's own row again, with a gradient of zero: they are added, not copied.
         grad_a = grad_a.new_zeros(len(kept.q), grad_a.shape[1]).index_add_(0, rows.labelled, grad_a)
-    with in_order(kept.q, step.longest):
-        grads_qkv = torch.autograd.grad(kept.attended, (kept.q, kept.k, kept.v), grad_a.view_as(kept.attended))
-    grad_q, grad_k, grad_v = grads_qkv
-    grad_qkv = [grad_q.contiguous(), grad_k.contiguous(), grad_v]
+    found = torch.autograd.grad(kept.attended, (kept.q, kept.k, kept.v), grad_a.view_as(kept.attended))
+    together = side_by_side(found)  # turned by rope in place, as its views
+    grad_qkv = list(found) if together is not None else [found[0].contiguous(), found[1].contiguous(), found[2]]
     _turn(rope_backward, grad_qkv[0], grad_qkv[1], step, rows)
     if w.q_norm is not None and w.k_norm is not None and kept.raw_q is not None and kept.raw_k is not None:
         grad_qkv[0] = rmsnorm_backward(grad_qkv[0], kept.raw_q, w.q_norm, eps)
         grad_qkv[1] = rmsnorm_backward(grad_qkv[1], kept.raw_k, w.k_norm, eps)
+        together = None
     flat = [t.flatten(1) for t in grad_qkv]
     h = kept.h if kept.h is not None else rmsnorm(x, w.norm, eps) if loras.qkv is not None else x
     if rows is None or rows.queries is None:
-        return _product_backward(torch.cat(flat, 1), h, kept.z["qkv"], w.qkv, loras.qkv, step, needs_x=needs_h)
+        every = torch.cat(flat, 1) if together is None else together
+        return _product_backward(every, h, kept.z["qkv"], w.qkv, loras.qkv, step, needs_x=needs_h)
     width = layer.shape.q_width
     grad_h, more = _product_backward(
         torch.cat(flat[1:], 1), h, kept.z["kv"], w.qkv[width:], loras.kv, step, needs_x=needs_h

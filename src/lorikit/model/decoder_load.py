@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lorikit.hub import Resolved
     from lorikit.model.decoder import DecoderEngine
+    from lorikit.model.decoder_adapter import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +72,27 @@ def load(
     import torch
 
     from lorikit.model.decoder import DecoderEngine
-    from lorikit.model.decoder_adapter import Adapter
-    from lorikit.model.decoder_weights import load_weights
+    from lorikit.model.decoder_weights import allocate, fill, pack
     from lorikit.model.kernels.launch import start_compiler
     from lorikit.model.lora_fold import read_updates, stored_tensors
 
-    base = plan.base
+    base, shape = plan.base, plan.shape
+    # On a CPU the norms cost little, and what is not kept is not written and read again.
+    highest = Keep.INPUT if checkpoint else Keep.GATE_UP if device.type == "cpu" else Keep.ALL
+    gpu_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
+    engine = None
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            start_compiler()  # needs seconds, beside the reading of weights
+        start_compiler(device)  # needs seconds, beside the reading of weights
     try:
-        pack = device.type == "cpu" and not plan.trainable
-        updates = None if plan.merged is None else read_updates(plan.merged, stored_tensors(base.path))
-        weights = load_weights(base.path, plan.shape, dtype, device, plan.quantization, pack=pack, updates=updates)
+        weights = allocate(shape, dtype, device, plan.quantization)
+        adapter = _adapter(plan, dtype, device, seed)
+        if (
+            device.type == "cuda" and plan.trainable and plan.quantization != "nf4"
+        ):  # which has nothing before it is filled
+            engine = DecoderEngine(shape, weights, adapter, highest=highest, gpu_bytes=gpu_bytes)
+            engine.rehearse()
+        updates = {} if plan.merged is None else read_updates(plan.merged, stored_tensors(base.path))
+        fill(weights, base.path, shape, device, updates)
     except torch.OutOfMemoryError as error:
         what = str(dtype).removeprefix("torch.") if plan.quantization == "none" else plan.quantization
         smaller = {"none": "model.quantization: nf4, or model.device_map: auto", "fp8": "model.quantization: nf4"}
@@ -91,19 +100,29 @@ def load(
         raise OutOfMemoryError(
             f"{base.name} in {what} does not fit {device}: {str(error).splitlines()[0]}; {todo}take a smaller model"
         ) from None
+    if device.type == "cpu" and not plan.trainable:
+        given = [weights]
+        del weights  # each layer is forgotten as it was when it is packed
+        weights = pack(given.pop(), shape)
+    return engine or DecoderEngine(shape, weights, adapter, highest=highest, gpu_bytes=gpu_bytes)
+
+
+def _adapter(plan: Plan, dtype: torch.dtype, device: torch.device, seed: int) -> Adapter | None:
+    """The adapter, new or from its folder. ModelError where it does not fit the base."""
+    import torch
+
+    from lorikit.model.decoder_adapter import Adapter
+
     if plan.values is None:
-        return DecoderEngine(plan.shape, weights)
+        return None
     # On a CPU the adapter's products are in float32 whatever the base is, as peft has them.
     compute = dtype if device.type == "cuda" else torch.float32
     adapter = Adapter(plan.shape, plan.modules, plan.values, device=device, dtype=compute, trainable=plan.trainable)
     if plan.adapter is None:
         adapter.initialise(seed)
     else:
-        adapter.load(lora.read_weights(plan.adapter), f"{plan.adapter} does not fit the base {base.name}")
-    gpu_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
-    # On a CPU the norms cost little, and what is not kept is not written and read again.
-    highest = Keep.INPUT if checkpoint else Keep.GATE_UP if device.type == "cpu" else Keep.ALL
-    return DecoderEngine(plan.shape, weights, adapter, highest=highest, gpu_bytes=gpu_bytes)
+        adapter.load(lora.read_weights(plan.adapter), f"{plan.adapter} does not fit the base {plan.base.name}")
+    return adapter
 
 
 def _settings_reason(config: ModelConfig, new: LoraSettings | None, device: torch.device) -> str | None:

@@ -82,28 +82,9 @@ def unusable(folder: Path, shape: DecoderShape) -> str | None:
     return None
 
 
-def load_weights(
-    folder: Path,
-    shape: DecoderShape,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: str = "none",
-    *,
-    pack: bool = False,
-    updates: Mapping[str, Update] | None = None,
-) -> Weights:
-    """The weights in `folder`, for which `unusable` gave None; the linear layers but the head quantised as asked for.
-
-    `pack`: in the blocks for products of few rows on a CPU (`frozen.packed`); a tied head is then there twice.
-    `updates`: an adapter, by names of the files, which is folded into the weights as they are read.
-
-    ModelError when a file turns out to be damaged.
-    """
-    weights = _allocate(shape, dtype, device, quantization)
-    _fill(folder, _places(weights, shape), updates or {}, device)
-    if not pack:
-        return weights
-    # One layer after the other, each forgotten as it was: hardly more than one is there twice.
+def pack(weights: Weights, shape: DecoderShape) -> Weights:
+    """The weights in the blocks for products of few rows on a CPU (`frozen.packed`); a tied head is then there twice. What
+    was given holds no layer any more, and hardly more than one is ever there twice."""
     waiting, layers = list(weights.layers)[::-1], []
     weights = replace(weights, layers=())
     while waiting:
@@ -112,8 +93,15 @@ def load_weights(
     return replace(weights, layers=tuple(layers), packed_head=packed(weights.output) if shape.tied else None)
 
 
-def _fill(folder: Path, places: Mapping[str, Place], updates: Mapping[str, Update], device: torch.device) -> None:
-    """Put every tensor of the files in its place."""
+def fill(
+    weights: Weights, folder: Path, shape: DecoderShape, device: torch.device, updates: Mapping[str, Update]
+) -> None:
+    """Put every tensor of the files in `folder`, for which `unusable` gave None, in its place.
+
+    `updates`: an adapter, by names of the files, which is folded into the weights as they are read. ModelError when a file
+    turns out to be damaged.
+    """
+    places = _places(weights, shape)
     from safetensors import SafetensorError, safe_open
 
     assert updates.keys() <= places.keys(), f"nowhere to fold {sorted(updates.keys() - places.keys())}"
@@ -173,7 +161,8 @@ def _shares(path: Path, places: Mapping[str, Place]) -> Iterator[list[str]]:
         yield names
 
 
-def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none") -> Weights:
+def allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, quantization: str = "none") -> Weights:
+    """Room for the weights, the linear layers but the head quantised as asked for; what is in it before `fill` is anything."""
     frozen = allocator(quantization, dtype, device)
 
     def empty(*size: int) -> Tensor:
@@ -210,7 +199,7 @@ def _allocate(shape: DecoderShape, dtype: torch.dtype, device: torch.device, qua
 
 def _shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     """What the files must hold, by name."""
-    on_meta = _allocate(shape, torch.float32, torch.device("meta"))
+    on_meta = allocate(shape, torch.float32, torch.device("meta"))
     return {name: place.shape for name, place in _places(on_meta, shape).items()}
 
 

@@ -1,15 +1,15 @@
 """Attention over packed sequences: for our own decoder, and for models of transformers through its AttentionInterface.
 
 Each sequence attends causally to itself only: out[s:e] = softmax(q[s:e] k[s:e]^T * scale + causal) v[s:e] for each pair
-(s, e) of cu_seqlens. On CUDA in half precision it is one call of torch's varlen_attn (FlashAttention), elsewhere one
-scaled_dot_product_attention a sequence; no (T, T) mask is ever built.
+(s, e) of cu_seqlens. On CUDA in half precision it is our own kernel for short sequences (kernels/attention.py), one call of
+torch's varlen_attn (FlashAttention) or of FlashAttention-4 for long ones, elsewhere one scaled_dot_product_attention a
+sequence; no (T, T) mask is ever built.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -21,9 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from lorikit.model import flash_attention_4
+from lorikit.model.kernels.attention import Spans, attention, attention_backward
+from lorikit.model.kernels.launch import runs_kernel
 
 NAME = "lorikit_packed"
-_IN_ORDER = 1024  # tokens
+SHORT = 1024  # tokens of the longest sequence up to which our own kernel takes them
 
 
 @cache
@@ -68,12 +70,15 @@ class Keys:
     """Which of the T packed tokens the keys and values are of, where sequences share their first P tokens.
 
     index (U,); the T tokens among these U: own (T - P,) for those behind the shared ones, copies (M, P) for the shared, which
-    stand first among the T. All int64.
+    stand first among the T; all int64. cu (N+1,) int32: where each sequence's own tokens begin and end among the T. `first`
+    is 1 where the first sequence is the shared tokens themselves, else 0.
     """
 
     index: Tensor
     own: Tensor
     copies: Tensor
+    cu: Tensor
+    first: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +95,54 @@ class Sequences:
     longest_k: int
     keys: Keys | None = None
 
+    def spans(self, window: int) -> Spans:
+        """The same as our own kernel takes it."""
+        if self.keys is None:
+            return Spans(self.cu_q, self.cu_k, window=window)
+        return Spans(self.cu_q, self.keys.cu, self.keys.copies.shape[1], self.keys.first, window)
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None, window: int) -> Tensor:
     """q (S, H, D), k and v (T, Hkv, D) -> (S, H, D), each sequence causal for itself; a window of 0 is none."""
+    if is_varlen(q, q.shape[-1]) and sequences.longest_k <= SHORT and runs_kernel(q, k, v):
+        out: Tensor = _Short.apply(  # type: ignore[no-untyped-call]
+            q, k, v, sequences.spans(window), q.shape[-1] ** -0.5 if scale is None else scale
+        )
+        return out
     if sequences.keys is not None:
         k, v = (_Gather.apply(t, sequences.keys) for t in (k, v))  # type: ignore[no-untyped-call]
     if is_varlen(q, q.shape[-1]):
         return _varlen(q, k, v, sequences, scale, (window - 1 if window else -1, 0))
     return _by_sequence(q, k, v, sequences, scale, window)
+
+
+class _Short(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> Tensor:
+        """kernels/attention.py."""
+        out, logs = attention(q, k, v, spans, scale)
+        ctx.save_for_backward(q, k, v, out, logs)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Where there are as many queries as keys, the gradients are views of one buffer."""
+        q, k, v, out, logs = ctx.saved_tensors
+        return *attention_backward(grad, q, k, v, out, logs, ctx.spans, ctx.scale), None, None
+
+
+def side_by_side(grads: Sequence[Tensor]) -> Tensor | None:
+    """Tensors (T, heads, D) as one (T, all of them), if they already lie so in memory, as `attend`'s gradients may."""
+    first, width = grads[0], sum(t[0].numel() for t in grads)
+    at = first.storage_offset()
+    for t in grads:
+        same = t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and len(t) == len(first)
+        if not (same and t.storage_offset() == at and t.stride() == (width, t.shape[2], 1)):
+            return None
+        at += t[0].numel()
+    return first.as_strided((len(first), width), (width, 1))
 
 
 class _Gather(torch.autograd.Function):
@@ -138,29 +183,6 @@ def _varlen(
     out = varlen_attn(q, k, v, at.cu_q, at.cu_k, *longest, scale=scale, window_size=window, **grouped)
     assert isinstance(out, Tensor)
     return out
-
-
-@contextmanager
-def in_order(q: Tensor, longest: int) -> Iterator[None]:
-    """Inside it the backward of `attend` for these q sums in the same order every time, where the longest sequence is of at
-    most 1,024 tokens: the same step leaves the same bytes.
-
-    torch's FlashAttention adds the parts of a query's gradient as they come, unless torch's deterministic mode is on, which
-    elsewhere would fill fresh memory and refuse operations. Its order takes the memory of up to five gradients of q, too much
-    for long sequences.
-    """
-    if longest > _IN_ORDER or not is_varlen(q, q.shape[-1]):
-        yield
-        return
-    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch._C._get_deterministic_fill_uninitialized_memory()
-    torch._C._set_deterministic_algorithms(True, warn_only=False)  # only warned, FlashAttention goes on as before
-    torch._C._set_deterministic_fill_uninitialized_memory(False)
-    try:
-        yield
-    finally:
-        torch._C._set_deterministic_algorithms(modes[0], warn_only=modes[1])
-        torch._C._set_deterministic_fill_uninitialized_memory(filled)
 
 
 @cache

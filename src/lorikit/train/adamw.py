@@ -17,6 +17,7 @@ from torch import Tensor
 from lorikit.config import TrainConfig
 from lorikit.model.engine import Engine
 from lorikit.model.kernels.adamw import adamw_step
+from lorikit.model.kernels.launch import compiling_ahead
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -56,6 +57,10 @@ class FlatAdamW:
         self._moments = {name: torch.zeros_like(flat) for name in MOMENTS[:2]}
         self._stopped = torch.zeros((), dtype=torch.int32, device=flat.device)
         self._done = 0
+        if flat.is_cuda:  # its kernels are compiled while the first gradient is computed
+            with compiling_ahead():
+                self.step(0.0, 1)
+            self._done = 0
 
     @torch.no_grad()
     def step(self, learning_rate: float, num_targets: int) -> Tensor:

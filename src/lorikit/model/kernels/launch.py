@@ -65,20 +65,29 @@ def launch(function: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any,
             function[grid](first, *arguments, **options)
 
 
-class _Ahead:
+class Compiling:
     """The kernels that a computation will need, each compiled once, in threads."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self.jobs: dict[Any, Future[None]] = {}
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
+        self._jobs: dict[Any, Future[None]] = {}
 
     def add(self, function: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Have a launch compiled. Of tensors only the type is held on to, and that they are aligned, as most are."""
         device = arguments[0].device
         kinds = tuple(a.dtype if isinstance(a, Tensor) and a.data_ptr() % 16 == 0 else a for a in arguments)
         key = (function, device, tuple(_class_of(kind) for kind in kinds), tuple(sorted(options.items())))
-        if key not in self.jobs:
-            self.jobs[key] = self._pool.submit(_compile, function, grid, kinds, options, device)
+        if key not in self._jobs:
+            self._jobs[key] = self._pool.submit(_compile_next, function, grid, kinds, options, device)
+
+    def finish(self) -> None:
+        """Nothing more is added."""
+        self._pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Until all are ready. Raises what the compiler raised."""
+        for job in self._jobs.values():
+            job.result()
 
 
 def _class_of(argument: Any) -> Any:
@@ -86,6 +95,13 @@ def _class_of(argument: Any) -> Any:
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, abs(argument) < 2**31
     return argument if isinstance(argument, torch.dtype) else type(argument)
+
+
+def _compile_next(
+    function: Any, grid: tuple[int, ...], kinds: tuple[Any, ...], options: dict[str, Any], device: torch.device
+) -> None:
+    start_compiler(device).result()
+    _compile(function, grid, kinds, options, device)
 
 
 def _compile(
@@ -97,37 +113,32 @@ def _compile(
 
 
 @cache
-def start_compiler() -> Future[None]:
+def start_compiler(device: torch.device) -> Future[None]:
     """Have Triton compile a kernel of no use, in a thread: before its first one it hashes all its own files, hundreds of
     megabytes, which takes seconds, and which each thread that compiles would do again until one of them is through."""
-    device = torch.device("cuda", torch.cuda.current_device())
     pool = ThreadPoolExecutor(1)
     job = pool.submit(_compile, _nothing_kernel, (1,), (torch.float32,), {}, device)
     pool.shutdown(wait=False)
     return job
 
 
-_ahead: list[_Ahead] = []  # filled by compiling_ahead alone; the threads of autograd look at it too
+_ahead: list[Compiling] = []  # filled by compiling_ahead alone; the threads of autograd look at it too
 
 
 @contextmanager
-def compiling_ahead() -> Iterator[None]:
-    """Inside it kernels on a GPU are not started but compiled, at the same time; they are ready when it ends.
+def compiling_ahead() -> Iterator[Compiling]:
+    """Inside it kernels on a GPU are not started but compiled, at the same time; `wait` says when they are ready.
 
-    What they would have written is then undefined, so this is for a rehearsal whose result nobody uses. One after the
-    other at their first use, the kernels of a training step take half a minute.
+    What they would have written is then undefined, so this is for a rehearsal whose result nobody uses, and no other thread
+    may start a kernel meanwhile. One after the other at their first use, the kernels of a training step take half a minute.
     """
-    if torch.cuda.is_available():
-        start_compiler().result()
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        ahead = _Ahead(pool)
-        _ahead.append(ahead)
-        try:
-            yield
-        finally:
-            _ahead.remove(ahead)
-    for job in ahead.jobs.values():
-        job.result()
+    ahead = Compiling()
+    _ahead.append(ahead)
+    try:
+        yield ahead
+    finally:
+        _ahead.remove(ahead)
+        ahead.finish()
 
 
 def block(size: int, least: int = 16) -> int:
@@ -141,6 +152,14 @@ def dot(a: Value, b: Value, total: Value) -> Any:
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@kernel()
+def limit(number: Value) -> Any:
+    """A number for `range`: the interpreter's takes no tensors."""
+    if _INTERPRETED:
+        return number.handle.data.item()
+    return number
 
 
 @kernel()
