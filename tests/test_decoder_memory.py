@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lorikit.config import LoraSettings
 from lorikit.data.pack import pack
 from lorikit.model.decoder_config import decoder_shape
-from lorikit.model.decoder_memory import Keep, choose, kept_bytes, passing_bytes
+from lorikit.model.decoder_memory import Keep, choose, keeps_turned, kept_bytes, passing_bytes
 from lorikit.model.load import load_engine
 from tiny_decoder import rows, save, settings
 
@@ -71,3 +71,9 @@ def test_levels_keep_more_and_more():
     sizes = [kept_bytes(LLAMA3_8B, level, 2) for level in Keep]
     assert sizes[0] == 0 and sizes == sorted(set(sizes))
     assert torch.finfo(torch.bfloat16).bits == 16 and sizes[Keep.INPUT] == 2 * 4096
+
+
+def test_fp8_weights_are_kept_transposed_too_where_a_quarter_of_what_is_free_holds_them():
+    assert LLAMA3_8B.linear_weights() == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert keeps_turned(LLAMA3_8B, 65 * GIB)
+    assert not keeps_turned(LLAMA3_8B, 14 * GIB)

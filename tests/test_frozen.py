@@ -192,6 +192,17 @@ def test_rows_of_a_weight_are_whole_matrices_of_it(quantization):
         weight[:50].dense()
 
 
+def test_fp8_weights_that_are_kept_transposed_too_are_the_same_weights():
+    one, two = (allocator("fp8", torch.float32, torch.device("cpu"))([64, 32, 32], 48) for _ in range(2))
+    two.keep_turned()
+    for a, b in zip(one.places(), two.places(), strict=True):
+        matrix = torch.randn(a.shape)
+        a.put(matrix)
+        b.put(matrix)
+    assert torch.equal(one.dense(), two.dense())
+    assert not one.turned and torch.equal(two.turned[0].float(), two.values.float().t())
+
+
 def test_without_bitsandbytes_nf4_says_what_to_install_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     nothing = Resolved(tmp_path / "not there", "org/tiny", "path", None)

@@ -215,11 +215,7 @@ class DecoderEngine:
         if self.device.type == "cpu":
             return (self.highest,) * self.shape.layers
         if not self._free:  # asked once: later some of it is taken by what is kept
-            free, _ = torch.cuda.mem_get_info(self.device)
-            used = torch.cuda.memory_allocated(self.device)
-            self._free = free + torch.cuda.memory_reserved(self.device) - used
-            if self._gpu_bytes is not None:
-                self._free = min(self._free, self._gpu_bytes - used)
+            self._free = free_bytes(self.device, self._gpu_bytes)
         return choose(self.shape, tokens, self._free, self.weights.embed.element_size(), self.highest)
 
     def run(self, input_ids: Tensor, step: Step) -> Tensor:
@@ -319,3 +315,11 @@ class DecoderEngine:
     def _trainable(self) -> dict[str, nn.Parameter]:
         named = {} if self.adapter is None else self.adapter.named()
         return {name: p for name, p in named.items() if p.requires_grad}
+
+
+def free_bytes(device: torch.device, limit: int | None) -> int:
+    """What can still be taken on a GPU, within a limit for all that is taken."""
+    free, _ = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - used
+    return free if limit is None else min(free, limit - used)

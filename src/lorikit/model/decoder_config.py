@@ -75,6 +75,10 @@ class DecoderShape:
         outputs |= {"o_proj": self.hidden, "gate_proj": self.ffn, "up_proj": self.ffn}
         return outputs[name], inputs.get(name, self.hidden)
 
+    def linear_weights(self) -> int:
+        """Numbers in the weights of all linear layers but the head."""
+        return self.layers * sum(outputs * inputs for outputs, inputs in map(self.linear, LINEAR))
+
     def linear_names(self) -> list[str]:
         """Names of all linear layers but the head, as transformers calls them, in its order."""
         return [linear_name(layer, name) for layer in range(self.layers) for name in LINEAR]

@@ -71,8 +71,8 @@ def load(
     not fit the device."""
     import torch
 
-    from lorikit.model.decoder import DecoderEngine
-    from lorikit.model.decoder_weights import allocate, fill, pack
+    from lorikit.model.decoder import DecoderEngine, free_bytes
+    from lorikit.model.decoder_weights import allocate, fill, keep_turned, pack
     from lorikit.model.kernels.launch import start_compiler
     from lorikit.model.lora_fold import read_updates, stored_tensors
 
@@ -86,6 +86,8 @@ def load(
     try:
         weights = allocate(shape, dtype, device, plan.quantization)
         adapter = _adapter(plan, dtype, device, seed)
+        if plan.quantization == "fp8" and device.type == "cuda" and plan.trainable:
+            keep_turned(weights, shape, free_bytes(device, gpu_bytes))
         if (
             device.type == "cuda" and plan.trainable and plan.quantization != "nf4"
         ):  # which has nothing before it is filled

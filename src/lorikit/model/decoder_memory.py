@@ -21,6 +21,12 @@ _CHUNK_BYTES = (1 << 27) * 8  # logits of one chunk in both types, see decoder_l
 _SLACK = 512 << 20  # what the allocator loses between its blocks, and libraries take
 
 
+def keeps_turned(shape: DecoderShape, free: int) -> bool:
+    """Whether linear weights in fp8 are kept transposed too, for their backward, where `free` bytes are left beside them and
+    the adapter: the copies take a byte a weight, and at most a quarter of what is free."""
+    return shape.linear_weights() <= free // 4
+
+
 class Keep(IntEnum):
     """Levels, each with all that the lower ones keep."""
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lorikit.errors import ModelError
 from lorikit.model.decoder_config import DecoderShape
-from lorikit.model.frozen import Dense, Frozen, Place, allocator, packed
+from lorikit.model.decoder_memory import keeps_turned
+from lorikit.model.frozen import Dense, Fp8, Frozen, Place, allocator, packed
 from lorikit.model.lora_fold import Update
 from lorikit.model_files import INDEX
 
@@ -80,6 +81,14 @@ def unusable(folder: Path, shape: DecoderShape) -> str | None:
     if shape.tied and "lm_head.weight" in found:
         return "config.json ties its head to the embedding, but there are weights of both"
     return None
+
+
+def keep_turned(weights: Weights, shape: DecoderShape, free: int) -> None:
+    """Have the linear weights in fp8, before they are filled, transposed too, where `free` bytes allow it."""
+    for layer in weights.layers if keeps_turned(shape, free) else ():
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            if isinstance(weight, Fp8):
+                weight.keep_turned()
 
 
 def pack(weights: Weights, shape: DecoderShape) -> Weights:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from threading import Lock
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lorikit.errors import ConfigError, ModelError
-from lorikit.model.kernels.fp8 import FP8, fp8_input_gradient, fp8_product, quantize_rows
+from lorikit.model.kernels.fp8 import FP8, fp8_input_gradient, fp8_product, quantize_rows, transpose
 
 NF4_BLOCK = 64  # weights that share a scale, as in QLoRA
 
@@ -136,13 +136,21 @@ def packed(weight: Frozen) -> Frozen:
 
 @dataclass(frozen=True, slots=True)
 class Fp8:
-    """`values` (O, I) e4m3 and `scales` (O, 1) float32. Activations and gradients are quantised too, a row at a time."""
+    """`values` (O, I) e4m3 and `scales` (O, 1) float32. Activations and gradients are quantised too, a row at a time.
+
+    `turned` holds the values once more as (I, O) after `keep_turned`, else nothing, and they are transposed for each gradient.
+    """
 
     values: Tensor
     scales: Tensor
     rows: tuple[int, ...]
     dtype: torch.dtype
     lock: Lock
+    turned: list[Tensor] = field(default_factory=list)
+
+    def keep_turned(self) -> None:
+        """Have the values twice; before the places are filled."""
+        self.turned.append(torch.empty(self.values.shape[::-1], dtype=FP8, device=self.values.device))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (T, I) -> x W^T + bias (T, O)."""
@@ -151,7 +159,7 @@ class Fp8:
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """grad (T, O) -> grad W (T, I)."""
-        return fp8_input_gradient(grad, self.values, self.scales)
+        return fp8_input_gradient(grad, self.values, self.scales, self.turned[0] if self.turned else None)
 
     def dense(self) -> Tensor:
         """W (O, I), each product of value and scale rounded once."""
@@ -159,20 +167,22 @@ class Fp8:
 
     def places(self) -> list[Place]:
         """Rows of values and scales; every row has its own scale, so the matrices are as if quantised alone."""
-        parts = zip(*(torch.split(t, list(self.rows)) for t in (self.values, self.scales)), strict=True)
-        return [Place(tuple(values.shape), self._put(values, scales)) for values, scales in parts]
+        edges = list(pairwise(accumulate(self.rows, initial=0)))
+        return [Place((end - start, self.values.shape[1]), self._put(slice(start, end))) for start, end in edges]
 
     def __getitem__(self, rows: slice) -> Fp8:
         kept = self.rows[_matrices(self.rows, rows)]
         return Fp8(self.values[rows], self.scales[rows], kept, self.dtype, self.lock)
 
-    def _put(self, values: Tensor, scales: Tensor) -> Callable[[Tensor], None]:
+    def _put(self, rows: slice) -> Callable[[Tensor], None]:
         def put(matrix: Tensor) -> None:
-            on_device = matrix.to(values.device)
+            on_device = matrix.to(self.values.device)
             with self.lock:
                 quantised, largest = quantize_rows(on_device)
-                values.copy_(quantised)
-                scales.copy_(largest)
+                self.values[rows].copy_(quantised)
+                self.scales[rows].copy_(largest)
+                for turned in self.turned:
+                    turned[:, rows].copy_(transpose(quantised))
 
         return put
 

@@ -166,9 +166,11 @@ class Stored:
     copied: float = 0.0
     faster: float = 1.0
     """How many times the products' rate in the compute type."""
+    kept: float = 0.0
+    """Bytes a weight of a second copy that stays."""
 
     def size(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix."""
+        """Bytes of a matrix, without the second copy."""
         return round(rows * columns * self.per_weight + rows * self.per_row)
 
 

@@ -66,19 +66,19 @@ class DecoderCost:
 
 def base_parameters(shape: DecoderShape) -> tuple[int, int]:
     """Numbers in the linear layers, and in embedding, head, norms and biases."""
-    linear = sum(rows * columns for rows, columns in map(shape.linear, LINEAR))
     rows = {name: shape.linear(name)[0] for name in LINEAR}
     biases = sum(rows[name] for name in LINEAR[:3] if shape.qkv_bias) + rows["o_proj"] * shape.o_bias
     biases += (2 * shape.ffn + shape.hidden) * shape.mlp_bias
     norms = 2 * shape.hidden + 2 * shape.head_dim * shape.qk_norm
     embed = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    return shape.layers * linear, shape.layers * (norms + biases) + shape.hidden + embed
+    return shape.linear_weights(), shape.layers * (norms + biases) + shape.hidden + embed
 
 
 def static_bytes(cost: DecoderCost) -> dict[str, int]:
     """Bytes of weights and adapter, which stay for the whole run."""
     shape = cost.shape
     linear = shape.layers * sum(cost.linear.size(*shape.linear(name)) for name in LINEAR)
+    linear += round(shape.linear_weights() * cost.linear.kept)
     copied = max(shape.ffn * 2, shape.q_width + 2 * shape.kv_width) * shape.hidden * cost.linear.copied
     copy = 0 if cost.adapter_element == 4 else cost.adapter_element
     return {

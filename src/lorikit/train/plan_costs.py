@@ -19,7 +19,7 @@ from lorikit.model import decoder_load
 from lorikit.model.decoder import GRAPH_TOKENS
 from lorikit.model.decoder_config import LINEAR
 from lorikit.model.decoder_graph import bucket_for
-from lorikit.model.decoder_memory import Keep, choose
+from lorikit.model.decoder_memory import Keep, choose, keeps_turned
 from lorikit.model.engine import BEST_TOKENS, BEST_TOKENS_CPU
 from lorikit.model.load import pick_device, pick_dtype
 from lorikit.model.sharded import is_sharded
@@ -157,6 +157,11 @@ def _decoder(plan: decoder_load.Plan, config: RunConfig, target: Target) -> Cost
         linear=_stored(config, target),
     )
     static = cost_decoder.static_bytes(cost)
+    if on_gpu and target.memory and config.model.quantization == "fp8":
+        turned = keeps_turned(shape, _free(config, target, static) + round(shape.linear_weights() * cost.linear.copied))
+        if turned:
+            cost = replace(cost, linear=replace(cost.linear, copied=0.0, kept=1.0))
+            static = cost_decoder.static_bytes(cost)
     levels = _levels(cost, config, target, static) if on_gpu and target.memory else None
     graphs = on_gpu and element == 2 and shape.head_dim % 8 == 0
     libraries = {"libraries": _LIBRARIES * (2 if graphs else 1)} if on_gpu else {}
@@ -183,11 +188,16 @@ def _decoder(plan: decoder_load.Plan, config: RunConfig, target: Target) -> Cost
 
 def _levels(cost: cost_decoder.DecoderCost, config: RunConfig, target: Target, static: Mapping[str, int]) -> Levels:
     """As DecoderEngine.levels: what is free once weights and adapter are there, within model.gpu_memory_gib."""
+    free = _free(config, target, static)
+    return lambda tokens: choose(cost.shape, tokens, free, cost.element, cost.keep[0])
+
+
+def _free(config: RunConfig, target: Target, static: Mapping[str, int]) -> int:
+    """What is free beside weights and adapter, within model.gpu_memory_gib."""
     assert target.memory is not None
     limit = config.model.gpu_memory_gib
     most = target.memory - CONTEXT if limit is None else min(target.memory - CONTEXT, int(limit * GIB))
-    free = most - sum(static.values())
-    return lambda tokens: choose(cost.shape, tokens, free, cost.element, cost.keep[0])
+    return most - sum(static.values())
 
 
 def _best_tokens(highest: Keep, levels: Levels | None) -> int:

@@ -5,8 +5,9 @@
     grad_x_ti = s_t' sum_o q'_to w_oi,  q', s' of the rows of g_to s_o    s_o stands inside the sum: it goes into g first
 
 T tokens, O outputs, I inputs. Hopper multiplies eight-bit operands only with both laid out along the reduced dimension, so
-w (O, I) serves y as it is and grad_x transposed. A second copy would take the memory that eight bits save; w is transposed
-into a buffer that lives for one product instead. e4m3: 4 bits of exponent, 3 of mantissa, 448 the largest, no infinity.
+w (O, I) serves y as it is and grad_x transposed. A second copy takes the memory that eight bits save: where that is short
+(decoder_memory.py), w is transposed into a buffer that lives for one product. e4m3: 4 bits of exponent, 3 of mantissa, 448
+the largest, no infinity.
 """
 
 from __future__ import annotations
@@ -85,14 +86,17 @@ def fp8_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     return _multiply(rows, row_scales, values, scales.t())[: x.shape[0]]
 
 
-def fp8_input_gradient(grad: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    """grad (T, O), values (O, I) e4m3, scales (O, 1) float32 -> grad W (T, I) in grad's dtype; else as `fp8_product`."""
+def fp8_input_gradient(grad: Tensor, values: Tensor, scales: Tensor, turned: Tensor | None = None) -> Tensor:
+    """grad (T, O), values (O, I) e4m3, scales (O, 1) float32 -> grad W (T, I) in grad's dtype; else as `fp8_product`.
+
+    `turned` (I, O): the values transposed, where they are kept so.
+    """
     _check(grad, values, scales, width=values.shape[0])
     if not grad.is_cuda:
         return fp8_input_gradient_reference(grad, values, scales)
     rows, row_scales = quantize_rows(grad, scales[:, 0], multiple=MULTIPLE)
     ones = torch.ones((1, values.shape[1]), dtype=torch.float32, device=grad.device)
-    return _multiply(rows, row_scales, transpose(values), ones)[: grad.shape[0]]
+    return _multiply(rows, row_scales, transpose(values) if turned is None else turned, ones)[: grad.shape[0]]
 
 
 def quantize_rows_reference(x: Tensor, columns: Tensor | None = None, multiple: int = 1) -> tuple[Tensor, Tensor]:
