@@ -84,6 +84,7 @@ LAYERS = [
         "lorikit.model.kernels.adamw",
         "lorikit.model.kernels.attention",
         "lorikit.model.kernels.attention_triton",
+        "lorikit.model.kernels.cross_entropy",
         "lorikit.model.kernels.decode_attention",
         "lorikit.model.kernels.dropout",
         "lorikit.model.kernels.fp8",

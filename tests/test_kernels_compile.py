@@ -30,6 +30,12 @@ LAUNCHES = {
         "*x *x *x *x *fp32 *i64 i32 i32 i32 i32 i32 i32 i32 fp32",
         DROPPING | {"NEEDS_X": True, "ADD": True, "COLUMNS": 64, "SHARE": 256},
     ),
+    "cross_entropy._parts_kernel": ("*x *i64 *fp32 i32", {"WIDTH": 128256, "PARTS": 16, "BLOCK": 8192}),
+    "cross_entropy._join_kernel": (
+        "*x *i64 *fp32 *fp32 *fp32 i32 i32",
+        {"WIDTH": 128256, "PARTS": 16, "ROWS": 4, "BLOCK_PARTS": 16},
+    ),
+    "cross_entropy._gradient_kernel": ("*x *i64 *fp32 i32 i32", {"WIDTH": 128256, "PARTS": 16, "BLOCK": 8192}),
     "sums._sum_kernel": ("*fp32 *x i32 i32", {"TOGETHER": 8, "BLOCK": 256}),
     "lora_b._add_kernel": ("*x *x *x *x *x i32 i32 i32 i32 i32 i32 i32 i32 fp32", B),
     "lora_b._backward_kernel": (
@@ -85,6 +91,7 @@ def kernel_named(name):
 def test_every_kernel_is_among_the_launches():
     modules = (
         "attention_triton",
+        "cross_entropy",
         "rmsnorm",
         "rope",
         "swiglu",

@@ -1,11 +1,13 @@
 """The Triton kernels on an NVIDIA GPU: the checks of tests/test_kernels.py at the shapes of Llama-3-8B, CPU and GPU masks
 alike, and what only a GPU can show: graphs, sizes beyond 32 bits, the same bytes again."""
 
+import math
 import random
 
 import pytest
 import torch
 
+from lorikit.model.kernels.cross_entropy import cross_entropy_gradient
 from lorikit.model.kernels.dropout import dropout_mask
 from lorikit.model.kernels.launch import runs_kernel
 from lorikit.model.kernels.lora_a import lora_a, lora_a_backward
@@ -23,6 +25,7 @@ from test_kernels import (
     check_swiglu,
     fresh_numbers,  # noqa: F401
 )
+from test_kernels_loss import check_cross_entropy
 
 pytestmark = pytest.mark.gpu
 TOKENS = pytest.mark.parametrize("tokens", [1, 129, 1042])
@@ -74,6 +77,15 @@ def test_the_products_with_b_are_the_formulas(tokens, rank, dtype):
     check_lora_b(tokens, [77, 50], [1], rank, dtype, "cuda")
 
 
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 427])
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+def test_cross_entropy_is_the_formula(rows, scale, dtype):
+    check_cross_entropy(rows, 128_256, dtype, "cuda", scale=scale)
+    check_cross_entropy(rows, 32_001, dtype, "cuda", scale=scale, strided=True)
+    check_cross_entropy(3, 151_936, dtype, "cuda", scale=scale, ignored=1.0)
+
+
 @pytest.mark.parametrize(("size", "max_norm"), [(1, 1.0), (1_000_003, 0.5), (5_000_000, 0.0)])
 def test_adamw_is_torchs(size, max_norm):
     check_adamw(size, max_norm, 4, "cuda")
@@ -122,3 +134,7 @@ def test_tensors_of_more_than_two_to_the_31_elements():
     del y
     normed = rmsnorm(x, torch.ones(28_672, dtype=torch.bfloat16, device="cuda"), EPS)
     assert (normed[-1].float() - 1).abs().max() < 1e-2
+    del normed
+    losses = cross_entropy_gradient(x, torch.full((80_000,), 28_671, device="cuda"))
+    assert (losses - math.log(28_672)).abs().max() < 1e-4
+    assert (x[-1, -1].item(), x[-1, 0].item()) == pytest.approx((-1.0, 1 / 28_672), rel=1e-2)

@@ -2,8 +2,8 @@
 
     h = norm(x)    s = h W^T    loss_i = log sum_j exp(s_ij) - s_i,target    grad_s = softmax(s) - onehot(target)
 
-x (L, D) has only rows with a label; W (V, D) is frozen. One chunk's logits exist at a time, in float32 for the sums; what
-stays until the backward is the gradient of x, (L, D).
+x (L, D) has only rows with a label; W (V, D) is frozen. One chunk's logits exist at a time, over which their gradient is
+written (kernels/cross_entropy.py); what stays until the backward is the gradient of x, (L, D).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorikit.data.values import IGNORE
+from lorikit.model.kernels.cross_entropy import cross_entropy, cross_entropy_gradient
 from lorikit.model.kernels.rmsnorm import rmsnorm, rmsnorm_backward
 
 # Logits of one chunk, in elements: a chunk should fit the caches of a CPU, and keep a GPU busy.
@@ -32,12 +32,8 @@ def loss_sum(x: Tensor, norm: Tensor, eps: float, head: Tensor, targets: Tensor)
 def token_losses(x: Tensor, norm: Tensor, eps: float, head: Tensor, targets: Tensor) -> Tensor:
     """(L,) float32: the cross entropy of each row of x (L, D), without a graph."""
     h = rmsnorm(x, norm, eps)
-    parts = [_losses((rows @ head.T).float(), wanted) for rows, wanted in _chunks(h, targets, head)]
+    parts = [cross_entropy(rows @ head.T, wanted) for rows, wanted in _chunks(h, targets, head)]
     return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float32)
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
 
 
 def _chunks(h: Tensor, targets: Tensor, head: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -54,15 +50,12 @@ class _LossSum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grads = []
         for rows, wanted in _chunks(h, targets, head):
-            logits = (rows @ head.T).float()
-            counts, at = (wanted != IGNORE)[:, None], wanted.clamp_min(0)[:, None]
-            peak = logits.amax(1, keepdim=True)
-            target = logits.gather(1, at)
-            sums = logits.sub_(peak).exp_().sum(1, keepdim=True)  # the logits are spent from here on
-            total += ((sums.log() + peak - target) * counts).sum()
+            logits = rows @ head.T
             if ctx.needs_input_grad[0]:
-                logits.div_(sums).scatter_add_(1, at, torch.full_like(target, -1.0)).mul_(counts)
-                grads.append(logits.to(head.dtype) @ head)
+                total += cross_entropy_gradient(logits, wanted).sum()
+                grads.append(logits @ head)
+            else:
+                total += cross_entropy(logits, wanted).sum()
             del logits  # before those of the next chunk are made
         if grads:
             ctx.save_for_backward(rmsnorm_backward(torch.cat(grads), x, norm, eps))

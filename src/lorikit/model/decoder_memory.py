@@ -17,7 +17,7 @@ from enum import IntEnum
 
 from lorikit.model.decoder_config import DecoderShape
 
-_CHUNK_BYTES = (1 << 27) * 8  # logits of one chunk in both types, see decoder_loss.py
+_CHUNK = 1 << 27  # logits of one chunk, as decoder_loss.py cuts them; their gradient takes their place
 _SLACK = 512 << 20  # what the allocator loses between its blocks, and libraries take
 
 
@@ -56,7 +56,7 @@ def kept_bytes(shape: DecoderShape, keep: Keep, element: int) -> int:
 def passing_bytes(shape: DecoderShape, tokens: int, element: int) -> int:
     """Bytes beside what is kept, at their peak: one layer's forward and backward, or a chunk of logits."""
     layer = kept_bytes(shape, Keep.ALL, element) + (3 * shape.ffn + 4 * shape.hidden) * element
-    return max(tokens * layer, _CHUNK_BYTES + 4 * tokens * shape.hidden * element) + _SLACK
+    return max(tokens * layer, _CHUNK * element + 4 * tokens * shape.hidden * element) + _SLACK
 
 
 def choose(shape: DecoderShape, tokens: int, free: int, element: int, highest: Keep = Keep.ALL) -> tuple[Keep, ...]:

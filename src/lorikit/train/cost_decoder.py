@@ -261,16 +261,16 @@ class _Replay:
         count = -(-labels * shape.vocabulary // (_CHUNK if self.cost.kernels else _CHUNK_CPU))
         rows = -(-labels // count)
         chunk = rows * shape.vocabulary
-        wide = 0 if e == 4 else 4 * chunk  # float32 logits are not copied
+        wide = 0 if self.cost.kernels or e == 4 else 4 * chunk  # the reference's copy in float32
         grads = labels * shape.hidden * e if count > 1 and with_gradient else 0
         self.ledger.spike("logits", grads + chunk * e + wide)
         self.ledger.product(labels, shape.hidden, shape.vocabulary, e)
-        self.ledger.move(labels * shape.vocabulary * (2 * e + 4 * (9 if with_gradient else 3)), 10 * count)
+        if self.cost.kernels:
+            self.ledger.move(labels * shape.vocabulary * e * (3 if with_gradient else 1), 5 * count)
+        else:
+            self.ledger.move(labels * shape.vocabulary * (2 * e + 4 * (9 if with_gradient else 3)), 10 * count)
         if with_gradient:
-            self.ledger.spike("logits", grads + 4 * chunk + (chunk * e if wide else 0))
             self.ledger.product(labels, shape.hidden, shape.vocabulary, e)
-        elif self.cost.kernels:
-            self.ledger.spike("logits", 8 * chunk)  # what logsumexp subtracts the largest from
 
     def backward(self, layer: int, new: New, kept: list[int]) -> None:
         """`_backward` with what was kept, or computed again before it; frees `kept` when it is done."""
