@@ -26,12 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikit.model.kernels import adamw, dropout, lora_a, lora_b, rmsnorm, rope, swiglu
+from lorikit.model.kernels import adamw, cross_entropy, dropout, lora_a, lora_b, rmsnorm, rope, swiglu, swiglu_lora
 from lorikit.model.kernels.launch import runs_kernel
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD, RANK = 4096, 14336, 32, 8, 128, 8
 QKV = [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD]
 ADAPTER = 20_971_520  # parameters of r 8 on all seven linears of 32 layers
+VOCABULARY = 128_256
 EPS, P, SEED, SCALE = 1e-5, 0.1, 12345, 4.0
 NOMINAL = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}  # bytes a second
 TRAFFIC, REPLAYS = 200e6, 15
@@ -169,6 +170,27 @@ def bytes_of(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def case(kernel: Callable[..., Any], reference: Callable[..., Any], num_bytes: int, *arguments: Any) -> Case:
+    """Of functions of the same arguments; those that write over some return them."""
+    return Case(
+        lambda: flat(kernel(*arguments)),
+        lambda: reference(*arguments),
+        lambda: flat(reference(*map(wide, arguments))),
+        num_bytes,
+    )
+
+
+def flat(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(t for part in result for t in flat(part))
+
+
+def wide(argument: Any) -> Any:
+    """Tensors of bfloat16 as copies in float32, everything else as it is."""
+    if isinstance(argument, list):
+        return [wide(part) for part in argument]
+    return argument.float() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
 def copy(tokens: int) -> Case:
     source = random(tokens, FFN)
     target = torch.empty_like(source)
@@ -178,90 +200,86 @@ def copy(tokens: int) -> Case:
 
 def norm(tokens: int) -> Case:
     x, w = random(tokens, HIDDEN), random(HIDDEN)
-    return Case(
-        lambda: (rmsnorm.rmsnorm(x, w, EPS),),
-        lambda: rmsnorm.rmsnorm_reference(x, w, EPS),
-        lambda: (rmsnorm.rmsnorm_reference(x.float(), w.float(), EPS),),
-        bytes_of(x, x),
-    )
+    return case(rmsnorm.rmsnorm, rmsnorm.rmsnorm_reference, bytes_of(x, x), x, w, EPS)
 
 
 def sum_and_norm(tokens: int) -> Case:
     x, delta, w = random(tokens, HIDDEN), random(tokens, HIDDEN), random(HIDDEN)
 
-    def want() -> tuple[Tensor, ...]:
-        total = x.float() + delta.float()
-        return total, rmsnorm.rmsnorm_reference(total, w.float(), EPS)
+    def reference(x: Tensor, delta: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        total = x + delta
+        return total, rmsnorm.rmsnorm_reference(total, *rest)
 
-    def plain() -> Tensor:
-        return rmsnorm.rmsnorm_reference(x + delta, w, EPS)
-
-    return Case(lambda: rmsnorm.add_rmsnorm(x, delta, w, EPS), plain, want, 2 * bytes_of(x, delta))
+    return case(rmsnorm.add_rmsnorm, reference, 2 * bytes_of(x, delta), x, delta, w, EPS)
 
 
 def norm_backward_added(tokens: int) -> Case:
     grad, x, plus = (random(tokens, HIDDEN) for _ in range(3))
-    w = random(HIDDEN)
-    return Case(
-        lambda: (rmsnorm.rmsnorm_backward(grad, x, w, EPS, plus=plus),),
-        lambda: plus + rmsnorm.rmsnorm_backward_reference(grad, x, w, EPS),
-        lambda: (plus.float() + rmsnorm.rmsnorm_backward_reference(grad.float(), x.float(), w.float(), EPS),),
-        bytes_of(grad, x, plus, plus),
-    )
+
+    def reference(*arguments: Any) -> Tensor:
+        return arguments[-1] + rmsnorm.rmsnorm_backward_reference(*arguments[:-1])
+
+    return case(rmsnorm.rmsnorm_backward, reference, bytes_of(grad, x, plus, plus), grad, x, random(HIDDEN), EPS, plus)
 
 
 def turn(tokens: int) -> Case:
     fused = random(tokens, HEADS + 2 * KV_HEADS, HEAD)
     q, k = fused[:, :HEADS], fused[:, HEADS : HEADS + KV_HEADS]
     angles = torch.arange(8192)[:, None] * (500000.0 ** -(torch.arange(0, HEAD, 2) / HEAD))
-    cos, sin = angles.cos().cuda(), angles.sin().cuda()
-    positions = torch.arange(tokens, device="cuda")
+    rest = angles.cos().cuda(), angles.sin().cuda(), torch.arange(tokens, device="cuda")
 
-    def run() -> tuple[Tensor, ...]:
-        rope.rope(q, k, cos, sin, positions)
+    def kernel(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        rope.rope(q, k, *rest)
         return q, k
 
-    def plain() -> None:
-        for x in (q, k):
-            rope.rope_reference(x, cos, sin, positions)
+    def reference(*both: Tensor) -> tuple[Tensor, ...]:
+        for x in both:
+            rope.rope_reference(x, *rest)
+        return both
 
-    def want() -> tuple[Tensor, ...]:
-        wide = q.float(), k.float()
-        for x in wide:
-            rope.rope_reference(x, cos, sin, positions)
-        return wide
-
-    return Case(run, plain, want, 2 * bytes_of(q, k))
+    return case(kernel, reference, 2 * bytes_of(q, k), q, k)
 
 
 def gate(tokens: int) -> Case:
     x = random(tokens, 2 * FFN)
-    return Case(
-        lambda: (swiglu.swiglu(x),),
-        lambda: swiglu.swiglu_reference(x),
-        lambda: (swiglu.swiglu_reference(x.float()),),
-        bytes_of(x) * 3 // 2,
-    )
+    return case(swiglu.swiglu, swiglu.swiglu_reference, bytes_of(x) * 3 // 2, x)
 
 
 def gate_backward(tokens: int) -> Case:
     grad, x = random(tokens, FFN), random(tokens, 2 * FFN)
-    return Case(
-        lambda: (swiglu.swiglu_backward(grad, x),),
-        lambda: swiglu.swiglu_backward_reference(grad, x),
-        lambda: (swiglu.swiglu_backward_reference(grad.float(), x.float()),),
-        bytes_of(grad, x, x),
-    )
+    return case(swiglu.swiglu_backward, swiglu.swiglu_backward_reference, bytes_of(grad, x, x), grad, x)
+
+
+def gate_with_adapters(tokens: int) -> Case:
+    x, z, b = random(tokens, 2 * FFN), random(tokens, 2 * RANK), [random(FFN, RANK) for _ in range(2)]
+    kernel, reference = swiglu_lora.swiglu_lora, swiglu_lora.swiglu_lora_reference
+    return case(kernel, reference, bytes_of(x, z, *b) + bytes_of(x) // 2, x, z, b, [0, FFN], SCALE)
+
+
+def gate_with_adapters_backward(tokens: int) -> Case:
+    grad, x, z = random(tokens, FFN), random(tokens, 2 * FFN), random(tokens, 2 * RANK)
+    b = [random(FFN, RANK) for _ in range(2)]
+    kernel, reference = swiglu_lora.swiglu_lora_backward, swiglu_lora.swiglu_lora_backward_reference
+    return case(kernel, reference, bytes_of(grad, x, x, z, *b), grad, x, z, b, [0, FFN], SCALE)
+
+
+def loss(rows: int) -> Case:
+    """And its gradient, which is written over the logits."""
+    logits, targets = random(rows, VOCABULARY), torch.arange(rows, device="cuda")
+
+    def with_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda logits, targets: (function(logits, targets), logits)
+
+    kernel, reference = cross_entropy.cross_entropy_gradient, cross_entropy.cross_entropy_gradient_reference
+    return case(with_gradient(kernel), with_gradient(reference), 2 * bytes_of(logits), logits, targets)
 
 
 def mask(tokens: int) -> Case:
-    def plain() -> Tensor:
-        return torch.rand(tokens, HIDDEN, device="cuda") >= P
-
+    rest = SEED, 7, (tokens, HIDDEN), P, "cuda"
     return Case(
-        lambda: (dropout.dropout_mask(SEED, 7, (tokens, HIDDEN), P, "cuda"),),
-        plain,
-        lambda: (dropout.dropout_mask_reference(SEED, 7, (tokens, HIDDEN), P, "cuda"),),
+        lambda: (dropout.dropout_mask(*rest),),
+        lambda: torch.rand(tokens, HIDDEN, device="cuda") >= P,
+        lambda: (dropout.dropout_mask_reference(*rest),),
         tokens * HIDDEN,
     )
 
@@ -271,13 +289,12 @@ def down_projection(modules: int, width: int) -> Callable[[int], Case]:
 
     def make(tokens: int) -> Case:
         x, a = random(tokens, width), random(modules, RANK, width, scale=width**-0.5)
-        rest = (P, torch.tensor(SEED, device="cuda"), range(modules))
-        plain = (P, SEED, range(modules))
-        return Case(
-            lambda: (lora_a.lora_a(x, a, *rest),),
-            lambda: lora_a.lora_a_reference(x, a, *plain),
-            lambda: (lora_a.lora_a_reference(x.float(), a.float(), *plain),),
+        seed = torch.tensor(SEED, device="cuda")
+        return case(
+            lambda x, a: lora_a.lora_a(x, a, P, seed, range(modules)),
+            lambda x, a: lora_a.lora_a_reference(x, a, P, SEED, range(modules)),
             bytes_of(x, a),
+            *(x, a),
         )
 
     return make
@@ -288,25 +305,13 @@ def down_projection_backward(modules: int, width: int) -> Callable[[int], Case]:
 
     def make(tokens: int) -> Case:
         x, a = random(tokens, width), random(modules, RANK, width, scale=width**-0.5)
-        grad, grad_x = random(tokens, modules * RANK), random(tokens, width)
-        rest = (P, torch.tensor(SEED, device="cuda"), range(modules))
-        plain = (P, SEED, range(modules))
-
-        def run() -> tuple[Tensor, ...]:
-            into, grad_a = lora_a.lora_a_backward(grad, x, a, *rest, grad_x)
-            assert into is not None
-            return into, grad_a
-
-        def want() -> tuple[Tensor, ...]:
-            into, grad_a = lora_a.lora_a_backward_reference(grad.float(), x.float(), a.float(), *plain, grad_x.float())
-            assert into is not None
-            return into, grad_a
-
-        return Case(
-            run,
-            lambda: lora_a.lora_a_backward_reference(grad, x, a, *plain, grad_x),
-            want,
-            bytes_of(x, a, grad, grad_x, grad_x) + 2 * bytes_of(a),
+        grad, into = random(tokens, modules * RANK), random(tokens, width)
+        seed = torch.tensor(SEED, device="cuda")
+        return case(
+            lambda *given: lora_a.lora_a_backward(*given[:3], P, seed, range(modules), given[3]),
+            lambda *given: lora_a.lora_a_backward_reference(*given[:3], P, SEED, range(modules), given[3]),
+            bytes_of(x, a, grad, into, into) + 2 * bytes_of(a),
+            *(grad, x, a, into),
         )
 
     return make
@@ -315,41 +320,30 @@ def down_projection_backward(modules: int, width: int) -> Callable[[int], Case]:
 def up_projection(sizes: list[int]) -> Callable[[int], Case]:
     """B of all modules of one fused product."""
 
+    def changed(function: Callable[..., None]) -> Callable[..., Tensor]:
+        def call(y: Tensor, *rest: Any) -> Tensor:
+            function(y, *rest)
+            return y
+
+        return call
+
     def make(tokens: int) -> Case:
         y, u = random(tokens, sum(sizes)), random(tokens, len(sizes) * RANK)
         b, starts = [random(size, RANK) for size in sizes], [sum(sizes[:m]) for m in range(len(sizes))]
-
-        def run() -> tuple[Tensor, ...]:
-            lora_b.add_lora_b(y, u, b, starts, SCALE)
-            return (y,)
-
-        def want() -> tuple[Tensor, ...]:
-            wide = y.float()
-            lora_b.add_lora_b_reference(wide, u.float(), [matrix.float() for matrix in b], starts, SCALE)
-            return (wide,)
-
-        return Case(run, lambda: lora_b.add_lora_b_reference(y, u, b, starts, SCALE), want, bytes_of(y, y, u, *b))
+        kernel, reference = changed(lora_b.add_lora_b), changed(lora_b.add_lora_b_reference)
+        return case(kernel, reference, bytes_of(y, y, u, *b), y, u, b, starts, SCALE)
 
     return make
 
 
 def up_projection_backward(sizes: list[int]) -> Callable[[int], Case]:
-    """Its gradients: products of cuBLAS, no kernel of ours."""
+    """Its gradients."""
 
     def make(tokens: int) -> Case:
         grad, u = random(tokens, sum(sizes)), random(tokens, len(sizes) * RANK)
         b, starts = [random(size, RANK) for size in sizes], [sum(sizes[:m]) for m in range(len(sizes))]
-
-        def run() -> tuple[Tensor, ...]:
-            grad_u, grad_b = lora_b.lora_b_backward(grad, u, b, starts, SCALE)
-            return grad_u, *grad_b
-
-        def want() -> tuple[Tensor, ...]:
-            wide = [matrix.float() for matrix in b]
-            grad_u, grad_b = lora_b.lora_b_backward(grad.float(), u.float(), wide, starts, SCALE)
-            return grad_u, *grad_b
-
-        return Case(run, run, want, bytes_of(grad, u, u, *b) + 2 * bytes_of(*b))
+        kernel, reference = lora_b.lora_b_backward, lora_b.lora_b_backward_reference
+        return case(kernel, reference, bytes_of(grad, u, u, *b) + 2 * bytes_of(*b), grad, u, b, starts, SCALE)
 
     return make
 
@@ -371,8 +365,7 @@ def optimizer(_: int) -> Case:
     def plain() -> Tensor:
         return adamw.adamw_reference(param, grad, exp_avg, exp_avg_sq, *rest, 1, torch.zeros((), device="cuda"))
 
-    num_bytes = 2 * bytes_of(param, exp_avg, exp_avg_sq) + bytes_of(grad, copy)
-    return Case(run, plain, want, num_bytes, torch.float32)
+    return Case(run, plain, want, 2 * bytes_of(param, exp_avg, exp_avg_sq) + bytes_of(grad), torch.float32)
 
 
 CASES: dict[str, Callable[[int], Case]] = {
@@ -383,6 +376,9 @@ CASES: dict[str, Callable[[int], Case]] = {
     "rope": turn,
     "swiglu": gate,
     "swiglu_backward": gate_backward,
+    "swiglu_lora": gate_with_adapters,
+    "swiglu_lora_backward": gate_with_adapters_backward,
+    "cross_entropy_gradient": loss,
     "dropout_mask": mask,
     "lora_a q k v": down_projection(3, HIDDEN),
     "lora_a gate up": down_projection(2, HIDDEN),
@@ -394,8 +390,8 @@ CASES: dict[str, Callable[[int], Case]] = {
     "add_lora_b q k v": up_projection(QKV),
     "add_lora_b gate up": up_projection([FFN, FFN]),
     "add_lora_b down": up_projection([HIDDEN]),
-    "lora_b_backward q k v (cuBLAS)": up_projection_backward(QKV),
-    "lora_b_backward gate up (cuBLAS)": up_projection_backward([FFN, FFN]),
+    "lora_b_backward q k v": up_projection_backward(QKV),
+    "lora_b_backward gate up": up_projection_backward([FFN, FFN]),
     "adamw_step": optimizer,
 }
 

@@ -97,6 +97,7 @@ LAYERS = [
         "lorikit.model.kernels.row_lora",
         "lorikit.model.kernels.sums",
         "lorikit.model.kernels.swiglu",
+        "lorikit.model.kernels.swiglu_lora",
         "lorikit.model.load",
         "lorikit.model.lora",
         "lorikit.model.lora_fold",

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from lorikit.config import LoraSettings
 from lorikit.data.pack import pack
 from lorikit.data.values import IGNORE, Example
-from lorikit.model import decoder_loss
+from lorikit.model import decoder_layer, decoder_loss
 from lorikit.model.decoder_batch import lay_out
 from lorikit.model.decoder_memory import Keep
 from lorikit.model.kernels.dropout import dropout_mask
@@ -163,6 +163,28 @@ def test_how_much_the_layers_keep_changes_no_gradient(family, targets, tmp_path)
     for level, got in grads.items():
         for name, want in grads[Keep.ALL].items():
             assert torch.equal(got[name], want) and want.abs().max() > 0, (level, name)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["up_proj", "v_proj"], ["gate_proj", "down_proj"], ["o_proj"]], ids=str
+)
+@pytest.mark.parametrize("family", ["qwen3", "llama with biases"])
+def test_adapters_that_the_activation_adds_give_the_same_bytes(family, targets, tmp_path, monkeypatch):
+    base = save(tmp_path, family, num_hidden_layers=3)
+    engine = load_engine(settings(), base, new_adapter=LoraSettings(lora_dropout=0.25, target_modules=targets), seed=3)
+    randomize_b(engine)
+    engine.train()
+
+    def results(level):
+        engine.highest = level
+        torch.manual_seed(11)
+        loss, grads = gradients(engine, pack(rows(one_token=True)))
+        return [loss, *grads.values()]
+
+    want = results(Keep.ALL)
+    monkeypatch.setattr(decoder_layer, "runs_swiglu_lora", lambda *_: True)  # as on a GPU, with the reference
+    for level in (Keep.INPUT, Keep.PRODUCTS, Keep.GATE_UP, Keep.ALL):
+        assert all(torch.equal(got, wanted) for got, wanted in zip(results(level), want, strict=True)), level
 
 
 @pytest.mark.parametrize("short", [False, True])

@@ -13,6 +13,7 @@ DROPPING = {"DROP": True, "MODULES": 3, "RANK": 8, "WIDTH": 4096, "BLOCK_RANK": 
 HEADS = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_HEADS": 32, "BLOCK_KV_HEADS": 8, "BLOCK_HALF": 64, "BACK": True}
 ROWS = {"WIDTH": 4096, "ROWS": 1, "COLUMNS": 4096, "ADD": True}
 B = {"MODULES": 3, "RANK": 8, "BLOCK_RANK": 16, "TOKENS": 64, "COLUMNS": 128}
+GATED = {"GATE": True, "UP": True, "WIDTH": 14336} | B | {"MODULES": 2, "TOKENS": 32}
 ROW_LORA = {"MODULES": 3, "RANK": 8, "BLOCK_RANK": 8, "SHARES": 8, "BLOCK_SHARES": 8}
 ATTENTION = {"WIDTH": 128, "SEQUENCES": 32, "BLOCK": 64, "BLOCK_WIDTH": 128}
 LAUNCHES = {
@@ -21,6 +22,8 @@ LAUNCHES = {
     "rope._rope_kernel": ("*x *x *fp32 *fp32 *i64 i32 i32 i32 i32", HEADS),
     "swiglu._forward_kernel": ("*x *x i32 i32", {"WIDTH": 14336, "BLOCK": 1024}),
     "swiglu._backward_kernel": ("*x *x *x i32 i32 i32", {"WIDTH": 14336, "BLOCK": 1024}),
+    "swiglu_lora._forward_kernel": ("*x *x *x *x *x i32 i32 i32 fp32", GATED),
+    "swiglu_lora._backward_kernel": ("*x *x *x *x *x *x i32 i32 i32 i32 fp32", GATED),
     "dropout._mask_kernel": ("*i64 *i8 i32 i32 i32 i32", {"ROWS": 16, "COLUMNS": 128}),
     "lora_a_triton.forward_kernel": (
         "*x *x *fp32 *i64 i32 i32 i32 i32 i32 i32 fp32",
@@ -95,6 +98,7 @@ def test_every_kernel_is_among_the_launches():
         "rmsnorm",
         "rope",
         "swiglu",
+        "swiglu_lora",
         "dropout",
         "lora_a_triton",
         "lora_b",

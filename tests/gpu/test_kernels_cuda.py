@@ -23,6 +23,7 @@ from test_kernels import (
     check_rmsnorm,
     check_rope,
     check_swiglu,
+    check_swiglu_lora,
     fresh_numbers,  # noqa: F401
 )
 from test_kernels_loss import check_cross_entropy
@@ -58,6 +59,15 @@ def test_rope_turns_and_turns_back(tokens, dtype):
 def test_swiglu_is_the_formula(tokens, dtype):
     check_swiglu(tokens, 14336, dtype, "cuda")
     check_swiglu(tokens, 77, dtype, "cuda")
+
+
+@DTYPES
+@TOKENS
+@pytest.mark.parametrize("rank", [1, 8, 24, 64])
+@pytest.mark.parametrize("present", [(0,), (1,), (0, 1)], ids=["gate", "up", "both"])
+def test_swiglu_with_adapters_is_the_formula(tokens, rank, present, dtype):
+    check_swiglu_lora(tokens, 14336, present, rank, dtype, "cuda")
+    check_swiglu_lora(tokens, 77, present, rank, dtype, "cuda")
 
 
 @DTYPES

@@ -4,6 +4,7 @@
     a = attention          x2 = x + a W_o^T + lora         h2 = norm(x2)
     g, u = h2 W_gate_up^T + lora       y = x2 + (silu(g) u) W_down^T + lora
 
+On a GPU the adapters of gate and up are added by the activation and its backward; what is kept of them is the bare product.
 Kept for the backward is what the layer's level in decoder_memory.py says, and the adapters' inner products; the rest is
 computed again. Frozen weights never get a gradient, and nothing is propagated below the first adapter. The last layer
 computes query, attention, output and MLP only where a label needs them.
@@ -32,6 +33,7 @@ from lorikit.model.kernels.lora_b import add_lora_b, lora_b_backward
 from lorikit.model.kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_backward
 from lorikit.model.kernels.rope import rope, rope_backward
 from lorikit.model.kernels.swiglu import swiglu, swiglu_backward
+from lorikit.model.kernels.swiglu_lora import runs_swiglu_lora, swiglu_lora, swiglu_lora_backward
 from lorikit.model.packed_attention import side_by_side
 
 Attend = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
@@ -162,8 +164,8 @@ def _forward(x: Tensor, layer: Layer, step: Step, *, differentiable: bool) -> tu
         x = x[rows.outputs]
     o, z["o"] = _product(a, w.o, w.o_bias, layer.loras.o, step)
     x2, h2 = add_rmsnorm(x, o, w.mlp_norm, eps)
-    gate_up, z["gate_up"] = _product(h2, w.gate_up, w.gate_up_bias, layer.loras.gate_up, step)
-    m = swiglu(gate_up)
+    gate_up, z["gate_up"] = _product(h2, w.gate_up, w.gate_up_bias, layer.loras.gate_up, step, gated=True)
+    m = _swiglu(gate_up, z["gate_up"], layer.loras.gate_up)
     down, z["down"] = _product(m, w.down, w.down_bias, layer.loras.down, step)
     return down.add_(x2), _Kept(q, k, v, attended, a, x2, z, raw_q, raw_k, gate_up, h, h2, m)
 
@@ -206,13 +208,13 @@ def _backward(
         h2 = rmsnorm(kept.x2, w.mlp_norm, eps)
     if gate_up is None:
         assert h2 is not None
-        gate_up, _ = _product(h2, w.gate_up, w.gate_up_bias, loras.gate_up, step, kept.z["gate_up"])
+        gate_up, _ = _product(h2, w.gate_up, w.gate_up_bias, loras.gate_up, step, kept.z["gate_up"], gated=True)
     if m is None:
-        m = swiglu(gate_up) if loras.down is not None else gate_up
+        m = _swiglu(gate_up, kept.z["gate_up"], loras.gate_up) if loras.down is not None else gate_up
     grad_m, grads = _product_backward(grad, m, kept.z["down"], w.down, loras.down, step, needs_x=needs_gate_up)
     if grad_m is None:
         return None, grads
-    grad_gate_up = swiglu_backward(grad_m, gate_up)
+    grad_gate_up = _swiglu_backward(grad_m, gate_up, kept.z["gate_up"], loras.gate_up)
     h2 = kept.x2 if h2 is None else h2
     grad_h2, more = _product_backward(
         grad_gate_up, h2, kept.z["gate_up"], w.gate_up, loras.gate_up, step, needs_x=needs_x2
@@ -267,18 +269,45 @@ def _attention_backward(
 
 
 def _product(
-    x: Tensor, weight: Frozen, bias: Tensor | None, lora: Lora | None, step: Step, z: Tensor | None = None
+    x: Tensor,
+    weight: Frozen,
+    bias: Tensor | None,
+    lora: Lora | None,
+    step: Step,
+    z: Tensor | None = None,
+    *,
+    gated: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """x W^T + bias + the adapters -> y, and the adapters' inner products z (rows, M R) before their scale, if they are
-    not known yet."""
+    not known yet. `gated`: y goes to `_swiglu`, which adds the adapters where it can."""
     y = weight.forward(x, bias)
     if lora is None:
         return y, None
     if z is None:
         z = lora_a(x.to(lora.a.dtype), lora.a, step.p, step.seed, lora.streams)
+    if gated and _adds(y, z, lora):
+        return y, z
     wide = y.to(z.dtype)  # in another type than the base's the sum is rounded once, as in peft
     add_lora_b(wide, z, lora.b, lora.starts, lora.scale)
     return wide.to(y.dtype), z
+
+
+def _swiglu(gate_up: Tensor, z: Tensor | None, lora: Lora | None) -> Tensor:
+    """The activation of what `_product` gave."""
+    if lora is not None and z is not None and _adds(gate_up, z, lora):
+        return swiglu_lora(gate_up, z, lora.b, lora.starts, lora.scale)
+    return swiglu(gate_up)
+
+
+def _swiglu_backward(grad: Tensor, gate_up: Tensor, z: Tensor | None, lora: Lora | None) -> Tensor:
+    if lora is not None and z is not None and _adds(gate_up, z, lora):
+        return swiglu_lora_backward(grad, gate_up, z, lora.b, lora.starts, lora.scale)
+    return swiglu_backward(grad, gate_up)
+
+
+def _adds(gate_up: Tensor, z: Tensor, lora: Lora) -> bool:
+    """Whether the activation adds the adapters; the same whenever it is asked for one product."""
+    return z.dtype == gate_up.dtype and runs_swiglu_lora(gate_up, z, lora.b)
 
 
 def _product_backward(
