@@ -10,7 +10,7 @@ class Writer:
     """At most one piece of work at a time, each begun when the one before has ended.
 
     What it raises is raised again where `start`, `check` or `wait` is called next. All calls come from one thread, which
-    also frees what the work holds: memory that a GPU wrote to is not given back while another thread captures a graph.
+    also gives up what the work holds: pinned memory, about which CUDA is asked then, and not in the midst of a capture.
     """
 
     def __init__(self) -> None:
