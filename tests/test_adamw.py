@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorikit.config import LoraSettings, TrainConfig
 from lorikit.data.pack import pack
 from lorikit.model.load import load_engine
+from lorikit.model.lora import WEIGHTS, adapter_writer, save_adapter
 from lorikit.train.adamw import FlatAdamW, TorchAdamW, make_optimizer
+from lorikit.train.checkpoint import all_finite
 from tiny_decoder import randomize_b, rows, save, settings
 from tiny_engine import TinyEngine, tiny_rows
 
@@ -93,6 +96,41 @@ def test_a_state_that_is_loaded_goes_on_to_the_same_bytes(kind, tmp_path):
     fill_gradient(engine, examples[8:])
     fresh.step(1e-2, 5)
     assert all(torch.equal(engine.adapter_state()[name], value) for name, value in want.items())
+
+
+@KINDS
+def test_what_was_copied_stays_as_it_was_and_is_saved_as_separate_tensors_are(kind, tmp_path):
+    engine, examples = engine_and_rows(kind, tmp_path)
+    optimizer = make_optimizer(engine, config())
+    fill_gradient(engine, examples[:4])
+    optimizer.step(1e-2, 5)
+    state = optimizer.state() | engine.adapter_state()
+    write = adapter_writer(engine, base_name="base", base_revision=None, card="card")
+    save_file({name: value.clone() for name, value in state.items()}, tmp_path / "apart")
+    save_adapter(tmp_path, engine, base_name="base", base_revision=None, card="card")
+    adapter = (tmp_path / WEIGHTS).read_bytes()
+    fill_gradient(engine, examples[4:])
+    optimizer.step(1e-2, 5)
+    save_file(state, tmp_path / "together")
+    write(tmp_path)
+    assert (tmp_path / "together").read_bytes() == (tmp_path / "apart").read_bytes()
+    assert (tmp_path / WEIGHTS).read_bytes() == adapter
+    save_adapter(tmp_path, engine, base_name="base", base_revision=None, card="card")
+    assert (tmp_path / WEIGHTS).read_bytes() != adapter
+
+
+@KINDS
+def test_one_value_that_is_not_finite_anywhere_is_found(kind, tmp_path):
+    engine, _ = engine_and_rows(kind, tmp_path)
+    assert all_finite(engine)
+    for parameter in (engine.parameters()[0], engine.parameters()[-1]):
+        for value in ("nan", "inf", "-inf"):
+            values = parameter.detach().view(-1)
+            before = values[-1].item()
+            values[-1] = float(value)
+            assert not all_finite(engine)
+            values[-1] = before
+    assert all_finite(engine)
 
 
 def test_the_state_of_one_kind_goes_on_in_the_other(tmp_path):

@@ -81,6 +81,7 @@ LAYERS = [
         "lorikit.model.frozen",
         "lorikit.model.generic",
         "lorikit.model.kernels",
+        "lorikit.model.host",
         "lorikit.model.kernels.adamw",
         "lorikit.model.kernels.attention",
         "lorikit.model.kernels.attention_triton",
@@ -146,6 +147,7 @@ LAYERS = [
         "lorikit.train.signals",
         "lorikit.train.storage",
         "lorikit.train.training",
+        "lorikit.train.writer",
     ],
     [
         "lorikit.report",

@@ -35,7 +35,7 @@ def stepped(num_steps, engine=None, optimizer=None, first=0):
 
 def saved(run, step, **state):
     engine, optimizer = stepped(step)
-    return save(run, optimizer, State(step=step, **state), adapter_of(engine))
+    return save(run, optimizer.state(), State(step=step, **state), adapter_of(engine))
 
 
 def adapter_of(engine):
@@ -45,7 +45,7 @@ def adapter_of(engine):
 def test_a_checkpoint_restores_engine_optimizer_and_state_to_the_bit(tmp_path):
     state = State(step=3, tokens=900, labelled_tokens=400, window_loss=1 / 3, best_loss=0.1 + 0.2, max_tokens=512)
     engine, optimizer = stepped(3)
-    folder = save(tmp_path, optimizer, state, adapter_of(engine))
+    folder = save(tmp_path, optimizer.state(), state, adapter_of(engine))
     other = TinyEngine(seed=0)
     fresh = make_optimizer(other, TrainConfig(output_dir="run", learning_rate=1e-2, weight_decay=0.01))
     assert checkpoint.load(folder, other, fresh) == state
@@ -183,7 +183,7 @@ def test_a_full_disk_is_a_disk_error_that_leaves_the_last_checkpoint_whole(tmp_p
         engine, optimizer = stepped(2)
         (run / "filler").write_bytes(b"x" * (shutil.disk_usage(run).free - 8192))
         with pytest.raises(DiskError, match=r"checkpoint-2 cannot be written.*[Nn]o space left"):
-            save(run, optimizer, State(step=2), adapter_of(engine))
+            save(run, optimizer.state(), State(step=2), adapter_of(engine))
         assert verify(first) == []
         with pytest.raises(DiskError, match="No space left"):
             write_file(run / "config.yaml", b"x" * 20_000)
@@ -198,7 +198,7 @@ def test_a_limit_on_the_size_of_files_is_a_disk_error_without_a_trace(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
     try:
         with pytest.raises(DiskError, match=r"checkpoint-1 cannot be written: .*[Ff]ile too large"):
-            save(tmp_path, optimizer, State(step=1), adapter_of(engine))
+            save(tmp_path, optimizer.state(), State(step=1), adapter_of(engine))
         with pytest.raises(DiskError, match="File too large"):
             write_file(tmp_path / "config.yaml", b"x" * 2000)
     finally:
@@ -244,5 +244,5 @@ def test_others_can_read_what_the_umask_lets_them_read(tmp_path):
 def test_every_field_of_the_state_survives_json(tmp_path):
     state = State(1, False, 2, 3, 4.5, 1e-9, 6, 7, 0.1, 8, 1 / 3, 9, 10, 11, "abc", "main")
     engine, optimizer = stepped(1)
-    assert read_state(save(tmp_path, optimizer, state, adapter_of(engine))) == state
+    assert read_state(save(tmp_path, optimizer.state(), state, adapter_of(engine))) == state
     assert replace(state, step=2) != state

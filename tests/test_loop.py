@@ -375,18 +375,21 @@ def test_running_out_of_memory_once_is_remembered_over_a_resume(tmp_path):
     assert "out of memory" not in training.report.console.file.getvalue() and training.budget.max_tokens == state
 
 
+def full_after(step, training):
+    """For `training._adapter`: from a later step on its writes find no room."""
+    adapter = training._adapter
+
+    def without_room(folder):
+        with Path("/dev/full").open("wb", buffering=0) as device:
+            device.write(b"x")
+
+    return lambda: adapter() if training.state.step <= step else without_room
+
+
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tmp_path):
     run = tmp_path / "run"
     training = begin(run)
-    save = training._save_adapter
-
-    def full_after_four(folder):
-        if training.state.step > 4:
-            with Path("/dev/full").open("wb", buffering=0) as device:
-                device.write(b"x")
-        save(folder)
-
-    training._save_adapter = full_after_four
+    training._adapter = full_after(4, training)
     with pytest.raises(DiskError, match=r"checkpoint-6 cannot be written: No space left on device"):
         training.run()
     assert [folder.name for folder in checkpoints(run)] == ["checkpoint-4"] and verify(run / "checkpoint-4") == []

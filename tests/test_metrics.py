@@ -53,7 +53,8 @@ def test_lines_are_json_objects_and_reach_the_file_at_once(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [LINE, EVALUATION]
     assert "你是谁" in lines[1]
-    assert file.sync() == (tmp_path / "metrics.jsonl").stat().st_size
+    file.sync()
+    assert file.length() == (tmp_path / "metrics.jsonl").stat().st_size
     file.close()
 
 
@@ -61,7 +62,7 @@ def test_what_was_written_after_the_checkpoint_is_cut_off_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)
     file.write({"step": 1})
-    kept = file.sync()
+    kept = file.length()
     file.write({"step": 2})
     file.close()
     resumed = MetricsFile(path, kept)

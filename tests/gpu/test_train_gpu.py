@@ -14,6 +14,7 @@ from lorikit.data.pack import pack
 from lorikit.data.values import Example
 from lorikit.errors import Interrupted, OutOfMemoryError
 from lorikit.hub import Resolved
+from lorikit.model.host import host_copies
 from lorikit.model.load import load_engine
 from lorikit.train.metrics import peak_memory
 from lorikit.train.progress import Report
@@ -101,6 +102,16 @@ def test_a_step_that_does_not_fit_the_gpu_is_halved_and_a_row_that_does_not_fit_
             training(base, tmp_path / "long", rows(6, 4000)).run()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+
+def test_a_copy_on_the_host_is_complete_and_of_its_time():
+    flat = torch.randn(2**24, device="cuda:0")
+    parameters = [flat[:100].view(10, 10), flat[100 : 100 + 2**23].view(2**10, 2**13)]
+    want = [parameter.cpu() for parameter in parameters]
+    copies = host_copies(flat, parameters)
+    flat.zero_()
+    assert all(torch.equal(copy, value) for copy, value in zip(copies, want, strict=True))
+    assert all(copy.is_pinned() for copy in copies)
 
 
 def test_peak_memory_is_that_of_the_gpu():

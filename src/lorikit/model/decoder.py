@@ -29,6 +29,7 @@ from lorikit.model.decoder_memory import Keep, choose
 from lorikit.model.decoder_offload import HostCopies
 from lorikit.model.decoder_weights import Weights
 from lorikit.model.engine import ADAPTER, BEST_TOKENS, BEST_TOKENS_CPU, Sampling, Token
+from lorikit.model.host import host_copies
 from lorikit.model.kernels.launch import Compiling, compiling_ahead
 from lorikit.model.packed_attention import attend, is_varlen
 
@@ -124,8 +125,11 @@ class DecoderEngine:
         return self.adapter.flat, self.adapter.grad
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The adapter under PEFT's names, on the CPU."""
-        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self._trainable().items()}
+        """A copy of the adapter under PEFT's names, on the CPU."""
+        named = self._trainable()
+        if self.adapter is None or not named:
+            return {}
+        return dict(zip(named, host_copies(self.adapter.flat, list(named.values())), strict=True))
 
     def adapter_config(self) -> dict[str, Any]:
         """The values of PEFT's adapter_config.json; the base's name is the caller's to fill in."""

@@ -155,7 +155,7 @@ class Engine(Protocol):
         ...
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The adapter under PEFT's names, on the CPU."""
+        """A copy of the adapter under PEFT's names, on the CPU."""
         ...
 
     def adapter_config(self) -> dict[str, Any]:

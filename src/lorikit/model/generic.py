@@ -116,7 +116,7 @@ class GenericEngine:
         """None: peft's parameters lie apart."""
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The adapter under PEFT's names, on the CPU."""
+        """A copy of the adapter under PEFT's names, on the CPU."""
         return {
             lora.saved_name(n): p.detach().to("cpu", copy=True).contiguous()
             for n, p in self.model.named_parameters()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,12 +212,22 @@ def save_adapter(folder: Path, engine: Engine, *, base_name: str, base_revision:
     The config names the base as a person would find it (`base_name`, `base_revision`), not as a path of this machine.
     OSError and SafetensorError of a failing disk are the caller's to explain.
     """
+    adapter_writer(engine, base_name=base_name, base_revision=base_revision, card=card)(folder)
+
+
+def adapter_writer(engine: Engine, *, base_name: str, base_revision: str | None, card: str) -> Callable[[Path], None]:
+    """What `save_adapter` does, of the adapter as it is now: the result may be called after it has changed."""
     from safetensors.torch import save_file
 
-    save_file(engine.adapter_state(), folder / WEIGHTS, metadata={"format": "pt"})
+    weights = engine.adapter_state()
     values = engine.adapter_config() | {"base_model_name_or_path": base_name, "revision": base_revision}
-    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def write(folder: Path) -> None:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    return write
 
 
 def config_values(model: PeftModel) -> dict[str, Any]:

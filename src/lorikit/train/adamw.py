@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorikit.config import TrainConfig
 from lorikit.model.engine import Engine
+from lorikit.model.host import host_copies
 from lorikit.model.kernels.adamw import adamw_step
 from lorikit.model.kernels.launch import compiling_ahead
 
@@ -35,7 +36,7 @@ class AdamW(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """exp_avg.NAME, exp_avg_sq.NAME and step.NAME of each parameter on the CPU; empty before the first step."""
+        """Copies of exp_avg.NAME, exp_avg_sq.NAME and step.NAME of each parameter on the CPU; none before the first step."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -90,12 +91,11 @@ class FlatAdamW:
         """See `AdamW.state`."""
         if not self._done:
             return {}
-        state = {}
-        moments = {moment: buffer.to("cpu") for moment, buffer in self._moments.items()}  # in one copy each
-        for name, p in zip(self._engine.parameter_names(), self._engine.parameters(), strict=True):
-            for moment, buffer in moments.items():
-                state[f"{moment}.{name}"] = self._part(buffer, p).clone()
-            state[f"step.{name}"] = torch.tensor(float(self._done))
+        names, parameters = self._engine.parameter_names(), self._engine.parameters()
+        state = {f"step.{name}": torch.tensor(float(self._done)) for name in names}
+        for moment, buffer in self._moments.items():
+            copies = host_copies(buffer, parameters)
+            state |= {f"{moment}.{name}": copy for name, copy in zip(names, copies, strict=True)}
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -12,16 +12,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorikit.errors import ModelError
 from lorikit.model.engine import Engine
 from lorikit.train.adamw import MOMENTS, AdamW
 from lorikit.train.storage import new_folder, remove_folder
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
+_PART = 1 << 24  # bytes; a thread beside the steps waits for Python's lock, up to 5 ms, after each part that it hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,9 @@ def step_of(folder: Path) -> int | None:
     return int(number) if number != folder.name and number.isdecimal() else None
 
 
-def save(run: Path, optimizer: AdamW, state: State, save_adapter: Callable[[Path], None]) -> Path:
-    """Write checkpoint-N, whole or not at all; `save_adapter` fills a folder with PEFT's two files.
+def save(run: Path, moments: dict[str, Tensor], state: State, write_adapter: Callable[[Path], None]) -> Path:
+    """Write checkpoint-N, whole or not at all; `moments` are the optimizer's state, `write_adapter` fills a folder with
+    PEFT's two files.
 
     Raises DiskError; what was saved before is then still there.
     """
@@ -72,12 +78,22 @@ def save(run: Path, optimizer: AdamW, state: State, save_adapter: Callable[[Path
 
     folder = folder_of(run, state.step)
     with new_folder(folder) as staged:
-        save_adapter(staged)
-        save_file(optimizer.state(), staged / OPTIMIZER)
+        write_adapter(staged)
+        save_file(moments, staged / OPTIMIZER)
         (staged / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         manifest = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in staged.iterdir()}
         (staged / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def all_finite(engine: Engine) -> bool:
+    """Whether the adapter holds neither NaN nor infinity; a GPU is asked once."""
+    import torch
+
+    flat = engine.flat()
+    parts = engine.parameters() if flat is None else [flat[0]]
+    bounds = [bound for part in parts for bound in torch.aminmax(part.detach())]  # of NaN and anything they are NaN
+    return bool(torch.stack(bounds).isfinite().all())
 
 
 def load_adapter(folder: Path, engine: Engine) -> None:
@@ -174,5 +190,8 @@ def prune(run: Path, limit: int | None, keep: Sequence[int | None]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), bytearray(min(_PART, path.stat().st_size) or 1)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:size])
+    return digest.hexdigest()

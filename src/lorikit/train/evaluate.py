@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from lorikit.data.encode import Encoder
 from lorikit.data.pack import pack, split_step
 from lorikit.data.values import Example, Message
+from lorikit.errors import Interrupted
 from lorikit.model.engine import Engine, Sampling
 from lorikit.train.distributed import AgreedSignals, Ranks, lengths_of
 from lorikit.train.optim import Budget, num_forwards
@@ -62,6 +64,27 @@ def held_out_loss(
         engine.train(True)
     told = ranks.numbers(math.fsum(sums), count)
     return math.fsum(total for total, _ in told) / sum(number for _, number in told)
+
+
+def agreed_answers(
+    engine: Engine,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    signals: Signals | AgreedSignals,
+    ranks: Ranks,
+) -> list[dict[str, str]]:
+    """`answers`, with several ranks by rank 0 alone, while the others wait. Raises Interrupted on all of them."""
+    if not isinstance(signals, AgreedSignals):
+        return answers(engine, encoder, prompts, max_new_tokens, signals.check)
+    found: list[dict[str, str]] = []
+    if ranks.first or engine.sharded:  # whose forwards take all ranks, to the end
+        check = (lambda: None) if engine.sharded else signals.own.check
+        with suppress(Interrupted):  # which the others hear of next
+            found = answers(engine, encoder, prompts, max_new_tokens, check)
+    signals.agree()
+    signals.check()
+    return found
 
 
 def answers(

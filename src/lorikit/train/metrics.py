@@ -39,11 +39,14 @@ class MetricsFile:
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
 
-    def sync(self) -> int:
-        """Have the disk hold every line so far; the length of the file in bytes."""
+    def length(self) -> int:
+        """Bytes of the lines so far."""
+        return self._file.tell()
+
+    def sync(self) -> None:
+        """Have the disk hold every line so far."""
         with disk_errors(self._path):
             os.fsync(self._file.fileno())
-            return self._file.tell()
 
     def close(self) -> None:
         """Close the file; it is on the disk as far as the last `sync`."""

@@ -1,5 +1,8 @@
 """The loop: rows -> gradient -> AdamW, and what a step ends with, each when it is due: log line, evaluation, checkpoint.
 
+A checkpoint is a copy of its step on the host, which a thread writes while the steps go on. Whatever needs it on the disk
+waits for it: the next one, the end of the run, a signal, and the other ranks of a run that has several.
+
 A signal lets the step in hand finish, saves, and leaves the evaluation to the resumed run, which therefore writes the same
 lines and the same bytes as if nothing had happened.
 """
@@ -8,10 +11,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from lorikit.config import RunConfig
 from lorikit.data.audit import fingerprint
@@ -19,13 +24,13 @@ from lorikit.data.encode import Encoder
 from lorikit.data.values import Example
 from lorikit.errors import DataError, DivergedError, Interrupted, ModelError, OutOfMemoryError
 from lorikit.model.engine import Engine
-from lorikit.model.lora import save_adapter
+from lorikit.model.lora import adapter_writer
 from lorikit.train import checkpoint
 from lorikit.train.adamw import make_optimizer
 from lorikit.train.card import model_card
 from lorikit.train.checkpoint import State
 from lorikit.train.distributed import AgreedSignals, LostRank, Ranks, lengths_of
-from lorikit.train.evaluate import answers, held_out_loss
+from lorikit.train.evaluate import agreed_answers, held_out_loss
 from lorikit.train.metrics import MetricsFile, Record, numbers_of, open_trackers, peak_memory
 from lorikit.train.optim import (
     Budget,
@@ -42,6 +47,7 @@ from lorikit.train.run_folder import ADAPTER_FOLDER, METRICS, write_config
 from lorikit.train.shared_state import check_same, share_state
 from lorikit.train.signals import Signals
 from lorikit.train.storage import new_folder
+from lorikit.train.writer import Writer
 
 _ADVICE = (
     "Look at the rows with `lorikit check`, then take a lower train.learning_rate, a longer warm-up or model.dtype bfloat16, "
@@ -84,6 +90,7 @@ class Training:
         most = config.train.max_tokens_per_forward or self._best_tokens()
         self.budget = Budget(most, say, fixed=engine.sharded)
         self.state = State()
+        self.writer = Writer()
         self._ahead: InFlight | None = None
 
     def restore(self) -> None:
@@ -132,6 +139,7 @@ class Training:
             if not self.state.settled:
                 self._end_step()
             while not self._is_done():
+                self.writer.check()
                 self._step()
                 self._end_step()
             self._write_adapter()
@@ -145,6 +153,8 @@ class Training:
                 f"({str(error).splitlines()[0]}); {self._kept()}"
             ) from None
         finally:
+            if unheard := self.writer.settle():
+                self.report.say(str(unheard))
             self.report.stop()
             if self.metrics is not None:
                 self.metrics.close()
@@ -249,7 +259,7 @@ class Training:
                 f"{signal} after step {step}; saved {folder}: the same command goes on from there"
             ) from None
         if self._checkpoint_is_due(step) or step == self.state.best_step or self._is_done():
-            self._save()
+            self._save(beside=True)
 
     def _evaluate(self) -> None:
         state, config = self.state, self.config.eval
@@ -265,43 +275,34 @@ class Training:
             else:
                 state = replace(state, num_worse=state.num_worse + 1)
         if config.prompts and self.encoder:
-            record["answers"] = self._answers(self.encoder)
+            wanted = config.prompts, config.max_new_tokens
+            record["answers"] = agreed_answers(self.engine, self.encoder, *wanted, self.signals, self.ranks)
         if len(record) > 2:
             self._write_line(record | {"seconds": self._seconds()})
         self.state = state
-
-    def _answers(self, encoder: Encoder) -> list[dict[str, str]]:
-        """To eval.prompts, on rank 0, while the others wait."""
-        prompts, most = self.config.eval.prompts, self.config.eval.max_new_tokens
-        if not isinstance(self.signals, AgreedSignals):
-            return answers(self.engine, encoder, prompts, most, self.signals.check)
-        found: list[dict[str, str]] = []
-        if self.ranks.first or self.engine.sharded:  # whose forwards take all ranks, to the end
-            check = (lambda: None) if self.engine.sharded else self.signals.own.check
-            with suppress(Interrupted):  # which the others hear of next
-                found = answers(self.engine, encoder, prompts, most, check)
-        self.signals.agree()
-        self.signals.check()
-        return found
 
     def _is_done(self) -> bool:
         patience = self.config.eval.early_stopping_patience
         stopped = patience is not None and self.state.num_worse >= patience
         return self.state.step >= self.plan.num_steps or stopped
 
-    def _save(self, *, together: bool = True) -> Path:
-        """A checkpoint of this step. One that is there already was loaded at the start, and leads to the same bytes."""
+    def _save(self, *, together: bool = True, beside: bool = False) -> Path:
+        """A checkpoint of this step, with `beside` on its way to the disk, else on it.
+
+        One that is there already was loaded at the start, and leads to the same bytes.
+        """
+        self.writer.wait()
         folder = checkpoint.folder_of(self.run_folder, self.state.step)
         together = together and self.ranks.active
         there = folder.exists()
         if together:  # a folder of this machine's alone decides nothing
             there = all(bool(found) for (found,) in self.ranks.numbers(there or not self.writes))
         if not there:
-            if not all(bool(parameter.isfinite().all()) for parameter in self.engine.parameters()):
+            if not checkpoint.all_finite(self.engine):
                 raise DivergedError(
                     f"step {self.state.step}: the adapter holds NaN or infinity; {self._kept()}. {_ADVICE}"
                 )
-            length = self.metrics.sync() if self.metrics is not None else 0
+            length = self.metrics.length() if self.metrics is not None else 0
             state = replace(
                 self.state, seconds=self._seconds(), metrics_bytes=length, max_tokens=self.budget.max_tokens
             )
@@ -309,8 +310,9 @@ class Training:
                 check_same(self.ranks, self.engine)
                 state = State(**self.ranks.text(asdict(state)))
             if self.writes:
-                checkpoint.save(self.run_folder, self.optimizer, state, self._save_adapter)
-                checkpoint.prune(self.run_folder, self.config.train.save_total_limit, [state.best_step])
+                self.writer.start(partial(self._write, state, self.optimizer.state(), self._adapter()))
+                if not beside or self.ranks.active:
+                    self.writer.wait()
         if together:
             self.ranks.wait()
         return folder
@@ -322,22 +324,32 @@ class Training:
             return Interrupted(f"{words}; {self._kept()}: the same command goes on from there")
         return Interrupted(f"{words}; saved {self._save(together=False)}: the same command goes on from there")
 
-    def _save_adapter(self, folder: Path) -> None:
+    def _write(self, state: State, moments: dict[str, Tensor], write_adapter: Callable[[Path], None]) -> None:
+        """Put a checkpoint on the disk: in the writer's thread, where nothing that a step changes may be looked at."""
+        if self.metrics is not None:
+            self.metrics.sync()
+        checkpoint.save(self.run_folder, moments, state, write_adapter)
+        checkpoint.prune(self.run_folder, self.config.train.save_total_limit, [state.best_step])
+
+    def _adapter(self) -> Callable[[Path], None]:
+        """Writes the adapter as it is now, with its card, into a folder."""
         card = model_card(self.config, self.base_name, self.state, len(self.rows))
-        save_adapter(folder, self.engine, base_name=self.base_name, base_revision=self.base_revision, card=card)
+        return adapter_writer(self.engine, base_name=self.base_name, base_revision=self.base_revision, card=card)
 
     def _write_adapter(self) -> None:
         """adapter/: the best checkpoint's or the last step's, with the tokenizer. It marks the run as finished."""
         best = self.state.best_step if self.config.eval.load_best_model_at_end else None
         if best is not None and best != self.state.step:
             folder = checkpoint.folder_of(self.run_folder, best)
+            self.writer.wait()
             if self.writes:
                 checkpoint.load_adapter(folder, self.engine)
         if self.writes:
             with new_folder(self.run_folder / ADAPTER_FOLDER) as staged:
-                self._save_adapter(staged)
                 if self.encoder:
                     self.encoder.save_tokenizer(staged)
+                self.writer.wait()  # the run is not finished before its last checkpoint is there
+                self._adapter()(staged)
         if self.ranks.active:
             self.ranks.wait()
             self.ranks.part()
@@ -374,5 +386,6 @@ class Training:
         )
 
     def _kept(self) -> str:
+        self.writer.settle()
         folders = checkpoint.checkpoints(self.run_folder)
         return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
