@@ -56,6 +56,9 @@ def kept_bytes(shape: DecoderShape, keep: Keep, element: int) -> int:
 def passing_bytes(shape: DecoderShape, tokens: int, element: int) -> int:
     """Bytes beside what is kept, at their peak: one layer's forward and backward, or a chunk of logits."""
     layer = kept_bytes(shape, Keep.ALL, element) + (3 * shape.ffn + 4 * shape.hidden) * element
+    layer += (
+        4 + 2 * element
+    ) * shape.q_width  # attention's gradient of q in float32, and of k and v for each query head
     return max(tokens * layer, _CHUNK * element + 4 * tokens * shape.hidden * element) + _SLACK
 
 

@@ -213,7 +213,8 @@ class _Replay:
         adapted = self.cost.sizes(layer, group)
         if adapted:
             keep(rows * len(adapted) * self.cost.rank * self.cost.adapter_element)
-            self.ops.lora(rows, inputs, outputs, [size for size, _ in adapted], self.cost.rank)
+            sizes = [size for size, _ in adapted]
+            self.ops.lora(rows, inputs, outputs, sizes, self.cost.rank, gated=group == "gate_up")
 
     def _project(self, layer: int, keep: New) -> None:
         shape, e, tokens, queries = self.shape, self.cost.element, self.sizes.tokens, self.sizes.queries

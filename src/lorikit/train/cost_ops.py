@@ -60,8 +60,10 @@ class Ops:
         if not self.kernels:
             self.ledger.spike("working", 4 * rows * head_dim)
 
-    def lora(self, rows: int, inputs: int, outputs: int, adapted: Sequence[int], rank: int) -> None:
-        """A products with their masks, and B products added to y."""
+    def lora(
+        self, rows: int, inputs: int, outputs: int, adapted: Sequence[int], rank: int, *, gated: bool = False
+    ) -> None:
+        """A products with their masks, and B products added to y, or by the activation that reads it (`gated`)."""
         columns, size = len(adapted) * rank, rows * inputs
         self._masks(size, len(adapted))
         if self.kernels:
@@ -69,7 +71,8 @@ class Ops:
         elif self.c != self.e:
             self.ledger.spike("working", (size + rows * outputs) * self.c)
         self.ledger.move(size * self.e / _ADAPTER_SHARE, 2)
-        self.ledger.move(2 * rows * sum(adapted) * self.e / _ADAPTER_SHARE)
+        if not (gated and self.kernels and self.c == self.e):
+            self.ledger.move(2 * rows * sum(adapted) * self.e / _ADAPTER_SHARE)
 
     def lora_backward(
         self, rows: int, inputs: int, outputs: int, adapted: Sequence[int], rank: int, *, needs_x: bool
