@@ -37,7 +37,9 @@ from lorikit.train.adamw import make_optimizer
 from lorikit.train.distributed import AgreedSignals, Ranks, add_gradients, lengths_of
 from lorikit.train.join import join
 from lorikit.train.metrics import peak_memory
+from lorikit.train.network import links_of
 from lorikit.train.optim import Budget, InFlight, Shared, begin_step, derived_seed, prepare_step
+from lorikit.train.plan_costs import Target
 from lorikit.train.signals import Signals
 
 WARM_UP = 4  # steps that compile kernels and capture graphs, before the clock
@@ -132,6 +134,7 @@ def work(arguments: argparse.Namespace) -> None:
             "peak_gib": [round(peak / 2**30, 2) for peak in peaks],
             "exchange_bytes": 4 * sum(p.numel() for p in engine.parameters()),
             "exchange_ms": exchange,
+            "predicted_exchange_ms": predicted_exchange(ranks, engine),
             "loss": done.loss_sum / done.num_targets,
             "adapter_sha256": digest,
             "first_steps_seconds": round(sum(seconds[:WARM_UP]), 2),
@@ -167,6 +170,14 @@ def time_exchange(ranks: Ranks, engine) -> float | None:
     return round(best * 1000, 3)
 
 
+def predicted_exchange(ranks: Ranks, engine) -> float:
+    """What `lorikit plan` thinks that sum takes, on one machine."""
+    gpu = engine.device.type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else "CPU"
+    links = links_of(Target("cuda" if gpu else "cpu", name, None, None, torch.float32), ranks.size, 1)
+    return round(links.sum_seconds(4 * sum(p.numel() for p in engine.parameters())) * 1000, 3)
+
+
 def judge(arguments: argparse.Namespace, results: list[dict], folder: Path) -> None:
     """What follows: is torchrun free, are the adapters the same, how much of N processes arrives."""
     alone = results[0]
@@ -178,7 +189,8 @@ def judge(arguments: argparse.Namespace, results: list[dict], folder: Path) -> N
         print(
             f"{count} under torchrun: {speed:.3f} x the tokens/s of one process alone, efficiency {speed / count:.1%} "
             f"(the largest share of a step allows {1 / (count * result['largest_share']):.1%}), "
-            f"the sum takes {result['exchange_ms']} ms of {result['ms_per_step']}; the adapter differs by {difference:.2e}"
+            f"the sum takes {result['exchange_ms']} ms of {result['ms_per_step']} (lorikit plan: "
+            f"{result['predicted_exchange_ms']}); the adapter differs by {difference:.2e}"
         )
         if count == 1:
             assert result["adapter_sha256"] == alone["adapter_sha256"], (

@@ -288,3 +288,23 @@ def test_a_step_of_the_optimizer_reaches_the_layers(tmp_path):
         optimizer.step()
         losses.append(float(loss))
     assert all(after < before for before, after in pairwise(losses))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*layers\.[23]\..*(q|down)_proj", r".*layers\.2\.mlp\.up_proj"])
+def test_a_rehearsal_goes_through_a_layer_of_each_kind_and_leaves_the_engine_as_it_was(targets, tmp_path):
+    base = save(tmp_path, "llama", num_hidden_layers=6)
+    engine = load_engine(settings(), base, new_adapter=LoraSettings(lora_dropout=0.1, target_modules=targets))
+    randomize_b(engine)
+    batch = pack(rows(6))
+    loss, want = gradients(engine, batch)
+    layers, state, seen = engine.layers, torch.get_rng_state(), []
+    engine.run, run = (lambda *given: seen.extend(engine.layers) or run(*given)), engine.run
+    engine.rehearse()
+    del engine.run
+    assert engine.layers is layers and not engine.training and torch.equal(torch.get_rng_state(), state)
+    assert {tuple(p.shape for p in layer.parameters) for layer in seen} == {
+        tuple(p.shape for p in layer.parameters) for layer in layers
+    }
+    assert layers[-1] in seen and len(seen) < len(layers)
+    again, got = gradients(engine, batch)
+    assert torch.equal(loss, again) and all(torch.equal(got[name], want[name]) for name in want)

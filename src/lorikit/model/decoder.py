@@ -237,8 +237,7 @@ class DecoderEngine:
         What they are is found by a step over two short rows through layers of each kind, in which none is started.
         """
         layers, training = self.layers, self.training
-        chosen = {layer.number: layer for layer in (layers[0], layers[min(1, len(layers) - 1)], layers[-1])}
-        self.layers, self.training = list(chosen.values()), True
+        self.layers, self.training = _one_of_each(layers), True
         batch = two_rows()
         at = lay_out(batch)
         assert at is not None
@@ -319,6 +318,16 @@ class DecoderEngine:
     def _trainable(self) -> dict[str, nn.Parameter]:
         named = {} if self.adapter is None else self.adapter.named()
         return {name: p for name, p in named.items() if p.requires_grad}
+
+
+def _one_of_each(layers: Sequence[Layer]) -> list[Layer]:
+    """A layer for each set of adapters that layers have, below and above the first adapter, and the last layer."""
+    found: dict[object, Layer] = {}
+    above = False
+    for layer in layers:
+        found.setdefault((tuple(p.shape for p in layer.parameters), above, layer is layers[-1]), layer)
+        above |= bool(layer.parameters)
+    return list(found.values())
 
 
 def free_bytes(device: torch.device, limit: int | None) -> int:
