@@ -28,7 +28,10 @@ _MESSAGE, _MESSAGE_BETWEEN = 10e-6, 20e-6  # seconds inside a machine and betwee
 _NIC = 50e9  # bytes/s for each GPU: 400 Gbit/s, as in machines of eight H100
 _NVLINK = {"H100": 450e9, "H200": 450e9, "A100": 300e9}
 _PCIE = 25e9  # bytes/s, cards without NVLink and copies from the host
-_LOOPBACK, _LOOPBACK_MESSAGE = 1e9, 100e-6  # gloo between processes of a CPU
+_LOOPBACK, _LOOPBACK_MESSAGE = (
+    1.9e9,
+    100e-6,
+)  # gloo between processes of a CPU (benchmarks/results/distributed_cpu.jsonl)
 
 
 @dataclass(frozen=True, slots=True)
