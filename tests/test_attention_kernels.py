@@ -1,14 +1,11 @@
 """Attention of short packed sequences against plain formulas in float64, as torch reference and in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
+from interpreter import assert_passes_in_the_interpreter
 from lorikit.model.kernels.attention import Spans, attention, attention_backward
 from lorikit.model.kernels.launch import runs_kernel
 from test_kernels import DTYPES, INTERPRETER, assert_close, fresh_numbers  # noqa: F401  the fixture is used by all
@@ -55,7 +52,7 @@ def plain(q, k, v, spans, scale):
     return out
 
 
-def check(own, asked, shared, first, sizes, window, dtype, device="cpu"):
+def assert_is_the_formulas(own, asked, shared, first, sizes, window, dtype, device="cpu"):
     heads, kv_heads, width = sizes
     spans = spans_of(own, asked, shared, first, window, device)
     queries, keys = int(spans.cu_q[-1]), int(spans.cu_k[-1])
@@ -88,7 +85,7 @@ def keys_of(own):
 @DTYPES
 @pytest.mark.parametrize("case", CASES)
 def test_attention_and_its_gradients_are_the_formulas(case, dtype):
-    check(*CASES[case], dtype)
+    assert_is_the_formulas(*CASES[case], dtype)
 
 
 def test_shapes_that_do_not_fit_are_named():
@@ -101,9 +98,4 @@ def test_shapes_that_do_not_fit_are_named():
 def test_the_kernels_pass_the_same_tests_in_the_interpreter():
     pytest.importorskip("triton")
     assert runs_kernel(torch.ones(1)) is False
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(Path(__file__))]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    assert_passes_in_the_interpreter(__file__)

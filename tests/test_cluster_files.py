@@ -35,8 +35,9 @@ def test_ray_train_takes_the_trainer_of_its_file():
     code = compile((FOLDER / "ray_train.py").read_text(), "ray_train.py", "exec")
     found: dict[str, object] = {"__name__": "ray_train"}
     exec(code, found)  # its main part needs a cluster
-    TorchTrainer(
+    trainer = TorchTrainer(
         found["train"],
         train_loop_config={"config": "run.yaml"},
         scaling_config=ScalingConfig(num_workers=16, use_gpu=True),
     )
+    assert trainer.scaling_config.total_resources["GPU"] == 16

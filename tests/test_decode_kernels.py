@@ -1,13 +1,9 @@
 """The kernels of decoding against plain formulas in float64, as torch references and in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from interpreter import assert_passes_in_the_interpreter
 from lorikit.model.kernels import decode_attention as attention
 from lorikit.model.kernels.decode_attention import decode_attention, store_turned
 from lorikit.model.kernels.launch import runs_kernel
@@ -121,9 +117,4 @@ def test_positions_are_split_until_the_device_is_full_and_no_further():
 def test_the_kernels_pass_the_same_tests_in_the_interpreter():
     pytest.importorskip("triton")
     assert runs_kernel(torch.ones(1)) is False
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(Path(__file__))]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    assert_passes_in_the_interpreter(__file__)

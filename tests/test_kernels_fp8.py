@@ -7,16 +7,14 @@ tests on a GPU take their checks from here.
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from interpreter import assert_passes_in_the_interpreter
 from lorikit.model.kernels.fp8 import (
     FP8,
     fp8_input_gradient,
@@ -160,7 +158,4 @@ def test_what_does_not_fit_is_refused(what):
 @pytest.mark.skipif(INTERPRETER, reason="this is the inner process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which also interprets on a CPU")
 def test_the_triton_kernels_pass_these_tests_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert_passes_in_the_interpreter(__file__)

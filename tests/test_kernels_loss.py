@@ -7,15 +7,13 @@ tests on a GPU take their checks from here.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from interpreter import assert_passes_in_the_interpreter
 from lorikit.data.values import IGNORE
 from lorikit.model.kernels import cross_entropy as module
 from lorikit.model.kernels.cross_entropy import cross_entropy, cross_entropy_gradient
@@ -133,7 +131,4 @@ def test_a_target_outside_the_vocabulary_makes_the_loss_nan():
 @pytest.mark.skipif(INTERPRETER, reason="this is the inner process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which also interprets on a CPU")
 def test_the_triton_kernels_pass_these_tests_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert_passes_in_the_interpreter(__file__)

@@ -7,7 +7,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 from lorikit.model import flash_attention_4, packed_attention  # noqa: E402
 from lorikit.model.packed_attention import Sequences, attend  # noqa: E402
-from test_attention_kernels import CASES, check  # noqa: E402
+from test_attention_kernels import CASES, assert_is_the_formulas  # noqa: E402
 
 LENGTHS = {
     "one long": ([2048], [2048]),
@@ -55,7 +55,7 @@ def test_attention_and_its_gradients_are_those_of_float32(lengths, head_dim, hea
 @pytest.mark.parametrize("case", CASES)
 def test_the_attention_of_short_sequences_is_the_formulas(case, heads, dtype):
     own, asked, shared, first, _, window = CASES[case]
-    check(own, asked, shared, first, heads, window, dtype, "cuda")
+    assert_is_the_formulas(own, asked, shared, first, heads, window, dtype, "cuda")
 
 
 def test_gradients_of_sequences_up_to_1024_tokens_are_the_same_bytes_every_time():
